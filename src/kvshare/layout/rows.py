@@ -1,0 +1,54 @@
+"""How many bytes one cached row takes in each precision: the only place that knows.
+
+A *row* is what one layer keeps of one token (or of one block of tokens) in one stream: `heads` vectors of `width` numbers.
+Codecs (`kvshare.cache.codecs`) write exactly these bytes; the planner adds them up without importing torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+SCALE_BYTES = 2  # scales and minima are stored as float16
+INT4_GROUP = 32  # numbers that share one scale and one minimum
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """One way of spelling a row: `bits` a number, plus `scales` 16-bit scalars for every `group` numbers (0: the whole vector of a head)."""
+
+    name: str
+    bits: int
+    scales: int = 0
+    group: int = 0
+
+    def row_bytes(self, heads: int, width: int) -> int:
+        """Bytes of one row of `heads` vectors of `width` numbers, scales included."""
+        groups = -(-width // self.group) if self.group else 1
+        return heads * (-(-width * self.bits // 8) + groups * self.scales * SCALE_BYTES)
+
+
+PRECISIONS: Mapping[str, Precision] = MappingProxyType(
+    {
+        p.name: p
+        for p in (
+            Precision("fp32", 32),
+            Precision("fp16", 16),
+            Precision("bf16", 16),
+            Precision("fp8", 8, scales=1),
+            Precision("int8", 8, scales=1),
+            Precision("int4", 4, scales=2, group=INT4_GROUP),
+        )
+    }
+)
+
+DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "int32": 4})
+
+
+def precision_named(name: str) -> Precision:
+    """The precision called `name`; raises `ValueError` with the list of those that exist."""
+    try:
+        return PRECISIONS[name]
+    except KeyError:
+        raise ValueError(f"unknown KV precision {name!r}: choose one of {', '.join(PRECISIONS)}") from None
