@@ -11,7 +11,7 @@ from functools import cached_property
 from math import prod
 
 from kvshare.errors import ConfigError
-from kvshare.layout.rows import DTYPE_BYTES, Precision, precision_named
+from kvshare.layout.rows import DTYPE_BYTES, NATIVE, Precision, precision_named
 
 PAGE_UNIT = 4096  # pages are multiples of the operating system's page
 ROWS_PER_WIDEST_PAGE = 32  # rows of the widest stream that one page holds
@@ -30,6 +30,7 @@ class Stream:
     tokens_per_row: int = 1  # a compressed stream keeps one row for this many tokens
     window: int | None = None  # rows kept behind the newest one, itself included; None keeps all
     top_k: int | None = None  # at most this many rows are read by one query (an indexer selects them)
+    native_bytes: int | None = None  # bytes of a row as the model's authors serve it (precision "native"), where they say
 
     @property
     def kind(self) -> str:
@@ -38,7 +39,7 @@ class Stream:
             return "indexer"
         if self.window is not None:
             return "window"
-        return "compressed" if self.tokens_per_row > 1 else "full"
+        return "compressed" if self.name == "entry" else "full"
 
     def first_row(self, num_tokens: int) -> int:
         """The oldest row that is still live after `num_tokens` tokens."""
@@ -51,8 +52,18 @@ class Stream:
     def live_rows(self, num_tokens: int) -> int:
         return self.num_rows(num_tokens) - self.first_row(num_tokens)
 
+    def read_rows(self, num_tokens: int) -> int:
+        """Rows that one query reads after `num_tokens` tokens."""
+        return min(self.live_rows(num_tokens), self.top_k or self.live_rows(num_tokens))
+
     def row_bytes(self, precision: Precision) -> int:
+        if precision.name == NATIVE and self.native_bytes is not None:
+            return self.native_bytes
         return precision.row_bytes(self.heads, self.width)
+
+    def holds_same_rows(self, other: Stream) -> bool:
+        """Whether rows of `other` can be read as rows of this stream, whatever part of them a query selects."""
+        return replace(self, top_k=None) == replace(other, top_k=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +81,17 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """What one layer stores. A reader has `owner` != its own index, no streams and no states."""
+    """What one layer stores. A reader has `owner` != its own index, no streams and no states.
+
+    A layer may own some rows and read others: DeepSeek V4.1 keeps a window of its own in every layer, and reads compressed
+    entries that an earlier layer wrote. What it reads so stands in `borrowed`, as (layer that stores it, stream as this layer reads it).
+    """
 
     kind: str  # how it attends, for people: "full", "sliding", "latent", "cca", "csa", "hca", ...
     owner: int
     streams: tuple[Stream, ...] = ()
     states: tuple[State, ...] = ()
+    borrowed: tuple[tuple[int, Stream], ...] = ()
 
     def stream(self, name: str) -> Stream:
         for stream in self.streams:
@@ -106,6 +122,7 @@ class CacheLayout:
     model_type: str = "explicit"
     max_context: int | None = None  # tokens the model was made for, where its config says so
     warnings: tuple[str, ...] = ()  # what had to be assumed
+    external: bool = False  # a drafter: no layer owns rows; each reads the target's last owner of its kind (`last_owner`)
 
     def __post_init__(self) -> None:
         for index, layer in enumerate(self.layers):
@@ -117,6 +134,9 @@ class CacheLayout:
                 raise ConfigError("owner", f"layer {index} reads layer {layer.owner}, which itself reads layer {self.layers[layer.owner].owner}")
             if layer.owner != index and (layer.streams or layer.states):
                 raise ConfigError("owner", f"layer {index} reads layer {layer.owner} and so can store nothing")
+            for source, stream in layer.borrowed:
+                if source >= index or not any(stream.holds_same_rows(stored) for stored in self.layers[source].streams):
+                    raise ConfigError("borrowed", f"layer {index} reads {stream.name!r} of layer {source}, which does not store it before")
 
     # ---- who reads whom
 
@@ -140,8 +160,15 @@ class CacheLayout:
         return self.owners[-1] + 1 if self.owners else 0
 
     def streams_of(self, layer: int) -> tuple[Stream, ...]:
-        """The streams that `layer` attends to: its owner's."""
-        return self.layers[self.layers[layer].owner].streams
+        """The streams that `layer` attends to: its owner's, then those it borrows."""
+        return self.layers[self.layers[layer].owner].streams + tuple(stream for _, stream in self.layers[layer].borrowed)
+
+    def last_owner(self, kind: str) -> int:
+        """The last layer of this kind that stores rows: what a drafter's layers of the kind read. Raises `KeyError` where there is none."""
+        for index in reversed(self.owners):
+            if self.layers[index].kind == kind:
+                return index
+        raise KeyError(kind)
 
     # ---- bytes
 
@@ -168,9 +195,7 @@ class CacheLayout:
         total = 0
         for index in range(len(self.layers)):
             form = self.precision_of(index, precision)
-            for stream in self.streams_of(index):
-                rows = stream.live_rows(context)
-                total += min(rows, stream.top_k or rows) * stream.row_bytes(form)
+            total += sum(stream.read_rows(context) * stream.row_bytes(form) for stream in self.streams_of(index))
         return batch * total
 
     @cached_property
@@ -223,12 +248,19 @@ class CacheLayout:
         """What admission must reserve: held bytes, plus the rows that live only inside a step (a chunk behind a window)."""
         return self.peak_pages(context, batch, precision, chunk, draft) * self.page_bytes(precision)
 
+    def with_states_in(self, dtype: str) -> CacheLayout:
+        """The same layout when the model computes in `dtype`: states that follow the model's 16-bit type become `dtype`; fp32 ones stay."""
+        layers = tuple(
+            replace(layer, states=tuple(replace(s, dtype=dtype) if s.dtype in ("bf16", "fp16") else s for s in layer.states)) for layer in self.layers
+        )
+        return replace(self, layers=layers)
+
     # ---- what the same model would cost otherwise
 
     def without_sharing(self) -> CacheLayout:
-        """The same model if every reader stored rows like its owner's."""
+        """The same model if every layer stored all the rows that it reads."""
         layers = tuple(
-            replace(layer, owner=index, streams=self.layers[layer.owner].streams, states=self.layers[layer.owner].states)
+            replace(layer, owner=index, streams=self.streams_of(index), states=self.layers[layer.owner].states, borrowed=())
             for index, layer in enumerate(self.layers)
         )
         return replace(self, layers=layers)

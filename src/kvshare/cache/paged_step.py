@@ -1,0 +1,83 @@
+"""The engine's step: rows live in the arena's pages, encoded by their owner's codec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvshare.cache.codecs import Codec, codec_for
+from kvshare.cache.step import Step, state_named
+from kvshare.cache.tables import SequenceCache
+from kvshare.layout import CacheLayout, PrecisionChoice, Stream
+
+_STATE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32}
+
+
+class PagedCache:
+    """What is the same in every step of an engine: codecs by owner, and where each state lies in a sequence's state bytes."""
+
+    def __init__(self, layout: CacheLayout, precision: PrecisionChoice):
+        self.layout = layout
+        self.codecs: dict[int, Codec] = {owner: codec_for(layout.precision_of(owner, precision)) for owner in layout.owners}
+        self.state_offsets: dict[tuple[int, str], int] = {}
+        offset = 0
+        for index, layer in enumerate(layout.layers):
+            for state in layer.states:
+                self.state_offsets[index, state.name] = offset
+                offset += state.num_bytes
+
+
+class PagedStep(Step):
+    """A step over sequences whose rows lie in an arena. Every cache must have reserved its `counts[s]` tokens."""
+
+    def __init__(self, cache: PagedCache, caches: Sequence[SequenceCache], counts: Sequence[int], reader_rows: Sequence[int] | None = None):
+        device = caches[0].arena.pages.device
+        super().__init__(cache.layout, [c.num_tokens for c in caches], counts, reader_rows, device)
+        self.cache = cache
+        self.caches = caches
+        self._gathered: dict[tuple[int, str, int], tuple[int, Tensor]] = {}  # rows that several readers will ask for
+
+    def _write(self, layer: int, stream: Stream, sequence: int, first: int, values: Tensor) -> None:
+        encoded = self.cache.codecs[layer].encode(values)  # [rows, row_bytes]
+        table = self.caches[sequence].tables[layer, stream.name]
+        pages = self.caches[sequence].arena.rows(encoded.shape[1])
+        done = 0
+        while done < len(encoded):
+            page, offset = divmod(first + done, table.rows_per_page)
+            count = min(table.rows_per_page - offset, len(encoded) - done)
+            pages[table.pages[page - table.first_page], offset : offset + count] = encoded[done : done + count]
+            done += count
+
+    def _read(self, layer: int, stream: Stream, sequence: int, first: int, end: int) -> Tensor:
+        key = (layer, stream.name, sequence)
+        if key in self._gathered:
+            start, rows = self._gathered[key]
+            if first >= start and end <= start + len(rows):
+                return rows[first - start : end - start]
+        codec = self.cache.codecs[layer]
+        table = self.caches[sequence].tables[layer, stream.name]
+        encoded = self.caches[sequence].arena.rows(codec.precision.row_bytes(stream.heads, stream.width))
+        if end <= first:
+            return codec.decode(encoded[:0, 0], stream.heads, stream.width)
+        low, high = first // table.rows_per_page, -(-end // table.rows_per_page)
+        pages = table.pages[low - table.first_page : high - table.first_page]
+        rows = encoded[pages[0]] if len(pages) == 1 else encoded[pages].flatten(0, 1)  # [rows of whole pages, row_bytes]
+        start = low * table.rows_per_page
+        decoded = codec.decode(rows[first - start : end - start], stream.heads, stream.width)
+        if self.layout.readers(layer):
+            self._gathered[key] = (first, decoded)
+        return decoded
+
+    def state(self, layer: int, name: str) -> Tensor:
+        described = state_named(self.layout.layers[layer], name)
+        offset = self.cache.state_offsets[layer, name]
+        read = [c.read_state(offset, described.num_bytes) for c in self.caches]
+        return torch.stack(read).view(_STATE_DTYPES[described.dtype]).view(len(read), *described.shape)
+
+    def replace_state(self, layer: int, name: str, values: Tensor) -> None:
+        described = state_named(self.layout.layers[layer], name)
+        stored = values.to(_STATE_DTYPES[described.dtype]).flatten(1).contiguous().view(torch.uint8)  # [sequences, bytes]
+        for cache, row in zip(self.caches, stored, strict=True):
+            cache.write_state(self.cache.state_offsets[layer, name], row)

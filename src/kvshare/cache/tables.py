@@ -1,0 +1,139 @@
+"""Which pages hold the rows of one sequence: a table for each owner and stream, and pages for its states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvshare.cache.arena import Arena
+from kvshare.layout import CacheLayout, PrecisionChoice, Stream
+
+
+@dataclass(slots=True)
+class PageTable:
+    """The pages of one (owner, stream): page `first_page + i` of its unbounded row space is the arena's page `pages[i]`."""
+
+    owner: int
+    stream: Stream
+    rows_per_page: int
+    first_page: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def end_page(self) -> int:
+        return self.first_page + len(self.pages)
+
+    def missing_pages(self, num_tokens: int) -> int:
+        """Pages to add before the rows of the first `num_tokens` tokens all have a place."""
+        return max(0, -(-self.stream.num_rows(num_tokens) // self.rows_per_page) - self.end_page)
+
+    def drop_dead_pages(self, num_tokens: int) -> list[int]:
+        """Forget the pages that hold only rows in front of the window after `num_tokens` tokens; returns them."""
+        dead = self.stream.first_row(num_tokens) // self.rows_per_page - self.first_page
+        if dead <= 0:
+            return []
+        dropped, self.pages = self.pages[:dead], self.pages[dead:]
+        self.first_page += dead
+        return dropped
+
+
+class SequenceCache:
+    """One sequence's share of the arena.
+
+    The order of a step is `reserve(n)`, the forward pass, `commit(n)`. Between steps the pages held are exactly
+    `layout.held_pages(num_tokens)`.
+    """
+
+    def __init__(self, layout: CacheLayout, arena: Arena, precision: PrecisionChoice = "bf16"):
+        self.layout, self.arena, self.precision = layout, arena, precision
+        self.num_tokens = 0
+        self.tables = {
+            (owner, stream.name): PageTable(owner, stream, layout.rows_per_page(owner, stream, precision))
+            for owner in layout.owners
+            for stream in layout.layers[owner].streams
+        }
+        self.state_pages: list[int] = []
+
+    def missing_pages(self, num_new_tokens: int) -> int:
+        """Pages that `reserve(num_new_tokens)` would take: new ones, and copies of shared pages that would be written."""
+        end = self.num_tokens + num_new_tokens
+        states = 0 if self.state_pages else -(-self.layout.state_bytes // self.arena.page_bytes)
+        return states + sum(table.missing_pages(end) for table in self.tables.values()) + len(self._shared_open_pages(end))
+
+    def reserve(self, num_new_tokens: int) -> None:
+        """Give every row of the next `num_new_tokens` tokens a place; all or nothing (`CapacityError`)."""
+        end = self.num_tokens + num_new_tokens
+        free = iter(self.arena.allocate(self.missing_pages(num_new_tokens)))
+        for table in self._shared_open_pages(end):
+            fresh, old = next(free), table.pages[-1]
+            self.arena.copy_page(old, fresh)
+            self.arena.release((old,))
+            table.pages[-1] = fresh
+        if not self.state_pages and self.layout.state_bytes:
+            self.state_pages = [next(free) for _ in range(-(-self.layout.state_bytes // self.arena.page_bytes))]
+            for page in self.state_pages:
+                self.arena.pages[page].zero_()
+        for table in self.tables.values():
+            missing = table.missing_pages(end)
+            if missing:
+                table.pages.extend(next(free) for _ in range(missing))
+
+    def commit(self, num_new_tokens: int) -> None:
+        """The step has appended these tokens: free what fell out of its window."""
+        self.num_tokens += num_new_tokens
+        for table in self.tables.values():
+            if table.stream.window is not None:
+                self.arena.release(table.drop_dead_pages(self.num_tokens))
+
+    def fork(self) -> SequenceCache:
+        """A second sequence with the same past: pages are shared and copied before either writes to them; states are copied at once."""
+        child = SequenceCache(self.layout, self.arena, self.precision)
+        child.state_pages = self.arena.allocate(len(self.state_pages))
+        for source, target in zip(self.state_pages, child.state_pages, strict=True):
+            self.arena.copy_page(source, target)
+        child.num_tokens = self.num_tokens
+        for key, table in self.tables.items():
+            self.arena.retain(table.pages)
+            child.tables[key].first_page, child.tables[key].pages = table.first_page, list(table.pages)
+        return child
+
+    def release(self) -> None:
+        """Give every page back. The sequence starts from nothing if it is used again."""
+        for table in self.tables.values():
+            self.arena.release(table.pages)
+            table.first_page, table.pages = 0, []
+        self.arena.release(self.state_pages)
+        self.state_pages = []
+        self.num_tokens = 0
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.state_pages) + sum(len(table.pages) for table in self.tables.values())
+
+    def read_state(self, offset: int, num_bytes: int) -> Tensor:
+        """A copy of bytes `offset ...` of the states, which lie end to end over the state pages: uint8 [num_bytes]."""
+        size = self.arena.page_bytes
+        pages = self.state_pages[offset // size : (offset + num_bytes - 1) // size + 1]
+        start = offset % size
+        return torch.cat([self.arena.pages[page] for page in pages])[start : start + num_bytes]
+
+    def write_state(self, offset: int, values: Tensor) -> None:
+        """Replace the bytes from `offset` on by `values` (uint8, flat)."""
+        size, done = self.arena.page_bytes, 0
+        while done < values.numel():
+            page, start = divmod(offset + done, size)
+            count = min(size - start, values.numel() - done)
+            self.arena.pages[self.state_pages[page], start : start + count].copy_(values[done : done + count])
+            done += count
+
+    def _shared_open_pages(self, end: int) -> list[PageTable]:
+        """The tables whose last page is partly filled, will be written before `end`, and has another holder."""
+        return [
+            table
+            for table in self.tables.values()
+            if table.pages
+            and self.arena.is_shared(table.pages[-1])
+            and table.stream.num_rows(self.num_tokens) < min(table.stream.num_rows(end), table.end_page * table.rows_per_page)
+        ]

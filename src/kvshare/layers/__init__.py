@@ -1,0 +1,1 @@
+"""What the model families have in common: attention, rotary embeddings, norms, linear layers, experts."""

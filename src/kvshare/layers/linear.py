@@ -1,0 +1,23 @@
+"""Linear layers: the seam at which quantized weights and native matrix products take over."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ (+ b). Several projections of the same input lie behind one another in one weight, so that one product computes them all."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))  # [out_features, in_features]
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
+        return F.linear(x, self.weight, self.bias)
+
+    def part(self, x: Tensor, start: int, end: int) -> Tensor:  # [..., in_features] -> [..., end - start]
+        """Only outputs `start:end`: one of the projections that lie together."""
+        return F.linear(x, self.weight[start:end], None if self.bias is None else self.bias[start:end])

@@ -1,0 +1,39 @@
+"""The model families, one a file. `MODELS` names the file and class for each `model_type`; nothing else in the engine asks which model it runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvshare.errors import ConfigError
+from kvshare.layout import layout_from_config
+from kvshare.layout.config import text_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvshare.models.model import Model
+
+MODELS: Mapping[str, str] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "kvshare.models.llama:Llama"),
+}
+
+
+def build_model(config: Mapping[str, Any], dtype: torch.dtype, kv_form: str = "plain") -> Model:
+    """The model of a config, with parameters of `dtype` on the meta device, to be filled by `checkpoints.weights.load_weights`.
+
+    Raises `ConfigError` for an architecture that no family here runs, even if the planner can size it.
+    """
+    import torch
+
+    config = text_config(config)
+    layout = layout_from_config(config, kv_form).with_states_in({torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"))
+    model_type = config["model_type"]
+    if model_type not in MODELS:
+        raise ConfigError("model_type", f"{model_type!r} can be planned but not run yet; run are {', '.join(sorted(MODELS))}")
+    module, name = MODELS[model_type].split(":")
+    family = getattr(importlib.import_module(module), name)
+    with torch.device("meta"):
+        model = family(config, layout)
+    return model.to(dtype)

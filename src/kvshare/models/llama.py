@@ -1,0 +1,166 @@
+"""Llama and its relatives (Touvron et al. 2023): Llama 2/3, Mistral, Qwen 2/3, SmolLM2. Pre-norm blocks, grouped-query attention, SwiGLU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvshare.cache.step import Step
+from kvshare.checkpoints.weights import Source
+from kvshare.layers.linear import Linear
+from kvshare.layers.norm import RMSNorm
+from kvshare.layers.rotary import Rotation, frequencies
+from kvshare.layout import CacheLayout
+from kvshare.layout.config import Fields
+from kvshare.models.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaConfig:
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    num_heads: int  # query heads
+    head_dim: int
+    eps: float
+    rope: Mapping[str, Any]
+    tied: bool  # the head is the embedding
+    qk_norm: bool  # Qwen 3: RMSNorm on each head of q and k, before the rotation
+    qkv_bias: bool  # Qwen 2
+    output_bias: bool
+    mlp_bias: bool
+
+    @staticmethod
+    def read(config: Mapping[str, Any]) -> LlamaConfig:
+        fields = Fields(config)
+        hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+        family = fields.get("model_type")
+        rope = {"rope_theta": fields.get("rope_theta", 10_000.0), **(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+        return LlamaConfig(
+            hidden,
+            fields.integer("intermediate_size"),
+            fields.integer("vocab_size"),
+            heads,
+            fields.integer("head_dim", hidden // heads),
+            float(fields.get("rms_norm_eps", 1e-6)),
+            rope,
+            tied=bool(fields.get("tie_word_embeddings", False)),
+            qk_norm=family == "qwen3",
+            qkv_bias=bool(fields.get("attention_bias", family == "qwen2")),
+            output_bias=bool(fields.get("attention_bias", False)) and family != "qwen2",
+            mlp_bias=bool(fields.get("mlp_bias", False)),
+        )
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layout: CacheLayout, index: int):
+        super().__init__()
+        self.index = index
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.num_kv_heads = layout.streams_of(index)[0].heads
+        kv_heads = self.num_kv_heads if layout.owner[index] == index else 0  # a reader has no keys and values of its own
+        self.qkv = Linear(config.hidden_size, (self.num_heads + 2 * kv_heads) * self.head_dim, config.qkv_bias)
+        self.output = Linear(self.num_heads * self.head_dim, config.hidden_size, config.output_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.eps) if config.qk_norm and kv_heads else None
+        self.q_size = self.num_heads * self.head_dim
+
+    def append(self, x: Tensor, rotation: Rotation, step: Step) -> None:  # [tokens, hidden]
+        """Keys and values of every token go into the cache, keys rotated."""
+        rows = self.qkv.part(x, self.q_size, self.qkv.weight.shape[0]).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
+        k, v = rows.unbind(1)  # [tokens, kv_heads, head_dim]
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        step.append(self.index, {"k": rotation.half_split(k), "v": v})
+
+    def forward(self, x: Tensor, rotation: Rotation, step: Step) -> Tensor:  # [tokens, hidden]
+        q = self.qkv.part(x, 0, self.q_size).unflatten(-1, (self.num_heads, self.head_dim))
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        out = step.attend(self.index, rotation.half_split(q), scale=self.head_dim**-0.5)
+        return self.output(out.flatten(1))
+
+
+class Mlp(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [tokens, hidden]
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layout: CacheLayout, index: int):
+        super().__init__()
+        self.index, self.owns = index, layout.owner[index] == index
+        self.attention_norm = RMSNorm(config.hidden_size, config.eps)
+        self.attention = Attention(config, layout, index)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor, rotation: Rotation, step: Step) -> tuple[Tensor, Rotation, Step]:  # [tokens, hidden]
+        normed = self.attention_norm(x)
+        if self.owns:
+            self.attention.append(normed, rotation, step)
+        if step.narrows(self.index):
+            kept, step = step.rows_kept, step.tail()
+            x, normed, rotation = x[kept], normed[kept], rotation.at_rows(kept)
+        x = x + self.attention(normed, rotation, step)
+        return x + self.mlp(self.mlp_norm(x)), rotation, step
+
+
+class Llama(Model):
+    def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
+        super().__init__()
+        self.config = LlamaConfig.read(config)
+        self.layout, self.vocab_size = layout, self.config.vocab_size
+        self.embedding = nn.Parameter(torch.empty(self.vocab_size, self.config.hidden_size))  # [vocab_size, hidden]
+        self.blocks = nn.ModuleList(Block(self.config, layout, index) for index in range(len(layout.layers)))
+        self.norm = RMSNorm(self.config.hidden_size, self.config.eps)
+        self.head = None if self.config.tied else Linear(self.config.hidden_size, self.vocab_size)
+        self.frequencies = frequencies(self.config.rope, self.config.head_dim)
+
+    def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
+        x = F.embedding(tokens, self.embedding)
+        rotation = self.frequencies.at(step.positions, x.dtype)
+        for block in self.blocks:
+            x, rotation, step = block(x, rotation, step)
+            if not len(x):  # a chunk inside a prompt: nobody asked for its logits
+                break
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
+        return F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+
+    def weight_sources(self) -> dict[str, Source]:
+        sources = {"embedding": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
+        if self.head is not None:
+            sources["head.weight"] = Source(("lm_head.weight",))
+        for name, _ in self.blocks.named_parameters():
+            index, part = name.split(".", 1)
+            module, kind = part.rsplit(".", 1)
+            names = _BLOCK_NAMES[module] if self.blocks[int(index)].owns or module != "attention.qkv" else ("self_attn.q_proj",)
+            sources[f"blocks.{name}"] = Source(tuple(f"model.layers.{index}.{each}.{kind}" for each in names))
+        return sources
+
+
+_BLOCK_NAMES = {
+    "attention_norm": ("input_layernorm",),
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.output": ("self_attn.o_proj",),
+    "attention.q_norm": ("self_attn.q_norm",),
+    "attention.k_norm": ("self_attn.k_norm",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": ("mlp.down_proj",),
+}
