@@ -32,13 +32,11 @@ def layout_from_config(config: Mapping[str, Any], kv_form: str = "plain") -> Cac
     """The layout of the model that a `config.json` (as a mapping, `text_config` nested or not) describes.
 
     Raises `ConfigError`, with the field's name, for architectures that are not known and for fields that are missing or contradict each other.
+    What had to be assumed stands in the layout's `warnings`.
     """
-    from kvshare.layout.rules import RULES
+    from kvshare.layout.rules import rule_for
 
     if kv_form not in KV_FORMS:
         raise ConfigError("kv_layout", f"unknown form {kv_form!r}: choose one of {', '.join(KV_FORMS)}")
     fields = Fields(text_config(config))
-    model_type = fields.get("model_type")
-    if model_type not in RULES:
-        raise ConfigError("model_type", f"unknown architecture {model_type!r}: known are {', '.join(sorted(RULES))}")
-    return RULES[model_type](fields, kv_form)
+    return rule_for(fields)(fields, kv_form)

@@ -131,7 +131,9 @@ class CacheLayout:
             if layer.owner > index:
                 raise ConfigError("owner", f"layer {index} reads layer {layer.owner}, which runs after it")
             if self.layers[layer.owner].owner != layer.owner:
-                raise ConfigError("owner", f"layer {index} reads layer {layer.owner}, which itself reads layer {self.layers[layer.owner].owner}")
+                raise ConfigError(
+                    "owner", f"layer {index} reads layer {layer.owner}, which itself reads layer {self.layers[layer.owner].owner}"
+                )
             if layer.owner != index and (layer.streams or layer.states):
                 raise ConfigError("owner", f"layer {index} reads layer {layer.owner} and so can store nothing")
             for source, stream in layer.borrowed:
@@ -251,7 +253,8 @@ class CacheLayout:
     def with_states_in(self, dtype: str) -> CacheLayout:
         """The same layout when the model computes in `dtype`: states that follow the model's 16-bit type become `dtype`; fp32 ones stay."""
         layers = tuple(
-            replace(layer, states=tuple(replace(s, dtype=dtype) if s.dtype in ("bf16", "fp16") else s for s in layer.states)) for layer in self.layers
+            replace(layer, states=tuple(replace(s, dtype=dtype) if s.dtype in ("bf16", "fp16") else s for s in layer.states))
+            for layer in self.layers
         )
         return replace(self, layers=layers)
 

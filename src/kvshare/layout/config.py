@@ -28,12 +28,26 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's part of a config: `text_config` of a multimodal one, with what only the outer level says."""
-    inner = config.get("text_config")
+    """The language model's part of a config: `text_config` of a multimodal one, with what only the outer level says.
+
+    A drafter (`gemma4_assistant`) nests an ordinary text config but is another architecture: there the outer `model_type` counts.
+    """
+    inner, outer_type = config.get("text_config"), config.get("model_type")
     if not isinstance(inner, Mapping):
         return dict(config)
-    outer = {key: config[key] for key in ("quantization_config", "tie_word_embeddings", "kv_sharing") if key in config}
-    return {**outer, **inner, "model_type": inner.get("model_type", config.get("model_type"))}
+    outer = {key: config[key] for key in _OUTER_FIELDS if key in config}
+    drafter = isinstance(outer_type, str) and outer_type.endswith("_assistant")
+    return {**outer, **inner, "model_type": outer_type if drafter else inner.get("model_type", outer_type)}
+
+
+_OUTER_FIELDS = (
+    "quantization_config",
+    "tie_word_embeddings",
+    "kv_sharing",
+    "backbone_hidden_size",
+    "use_ordered_embeddings",
+    "num_centroids",
+)
 
 
 class Fields:
@@ -41,6 +55,13 @@ class Fields:
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
+        self.warnings: list[str] = []  # what had to be assumed, for people
+
+    def assume(self, name: str, value: int, reason: str) -> int:
+        """An integer field, or `value` with a warning where the config leaves it out."""
+        if not self.has(name):
+            self.warnings.append(f"{name} is missing: assumed {value} ({reason})")
+        return self.integer(name, value)
 
     def has(self, name: str) -> bool:
         return self.config.get(name) is not None
@@ -73,7 +94,25 @@ class Fields:
             raise ConfigError(name, f"has {len(value)} entries for {length} layers (num_hidden_layers)")
         return value
 
-    def choice(self, name: str, value: Any, choices: Mapping[Any, Any]) -> Any:
-        if value not in choices:
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """A field that is an object; empty where the config has none."""
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise ConfigError(name, f"must be an object, not {value!r}")
+        return value
+
+    def per_layer(self, name: str, length: int) -> list[int]:
+        """An integer for each layer, from a list or from one number for all."""
+        if not isinstance(self.config.get(name), list):
+            return [self.integer(name)] * length
+        values = self.list_of(name, length, int) or []
+        for value in values:
+            if isinstance(value, bool) or value < 1:
+                raise ConfigError(name, f"must be at least 1 in every layer, not {value!r}")
+        return values
+
+    def choice(self, name: str, value: Any, choices: Mapping[str, Any]) -> Any:
+        """What `choices` maps the value of a field to; a value that it does not know is refused."""
+        if not isinstance(value, str) or value not in choices:
             raise ConfigError(name, f"unknown value {value!r}: known are {', '.join(map(str, choices))}")
         return choices[value]

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 SCALE_BYTES = 2  # scales and minima are stored as float16
 INT4_GROUP = 32  # numbers that share one scale and one minimum
+NATIVE = "native"  # the format that the model's authors serve: each stream says its own (`Stream.native_bytes`), else bf16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
             Precision("fp8", 8, scales=1),
             Precision("int8", 8, scales=1),
             Precision("int4", 4, scales=2, group=INT4_GROUP),
+            Precision(NATIVE, 16),
         )
     }
 )
