@@ -1,0 +1,147 @@
+"""From a checkpoint to a model: which tensors make up which parameter, checked before they are read, without a second copy of the model."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kvshare.checkpoints.checkpoint import Checkpoint
+from kvshare.checkpoints.progress import Progress
+from kvshare.errors import CheckpointError
+from kvshare.layout import layout_from_config
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5  # names listed in a message before "and N more"
+_KEY_VALUE = re.compile(r"^model\.layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which checkpoint tensors make up one parameter. Without `combine` one is taken as it is and several are joined along dimension 0.
+
+    `combine` must be a pure function of the tensors: it is run on the meta device first, to learn the shape it gives.
+    """
+
+    names: tuple[str, ...]
+    combine: Callable[[list[Tensor]], Tensor] | None = None
+
+
+class Loadable(Protocol):
+    """What a model offers besides being a module. Two more attributes are read where it has them.
+
+    `keep_float32: frozenset[str]` names parameters that stay in float32 whatever the model's dtype;
+    `memory_mapped: frozenset[str]` names those that stay views of the mapped file in the file's dtype.
+    """
+
+    def weight_sources(self) -> Mapping[str, Source]:
+        """For every parameter and persistent buffer, by its name in `state_dict()`, where it comes from."""
+        ...
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None = None) -> tuple[str, ...]:
+    """Fill `model`, built on the meta device, from `checkpoint`: floating-point numbers become `dtype`, integers stay what they are.
+
+    Every shape is compared before any data is read. A tensor that is stored in the dtype it is wanted in stays a view of
+    the mapped file. Returns (and logs) the tensors of the file that nobody reads, but for the k and v of layers that
+    share another layer's cache, which are expected to lie there dead. Raises `CheckpointError` for tensors that are missing or of another shape.
+    """
+    sources: Mapping[str, Source] = model.weight_sources()  # type: ignore[operator]
+    wanted = model.state_dict(keep_vars=True)
+    _check_names(model, wanted, sources)
+    _check_file(wanted, sources, checkpoint)
+
+    keep_float32: frozenset[str] = getattr(model, "keep_float32", frozenset())
+    mapped: frozenset[str] = getattr(model, "memory_mapped", frozenset())
+    total = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in wanted.values()}.values())
+    done, loaded = 0, {}
+    for name, old in wanted.items():
+        if id(old) not in loaded:  # a tied tensor is loaded once and stays tied
+            goal = old.dtype if not old.is_floating_point() else torch.float32 if name in keep_float32 else dtype
+            tensor = _read(checkpoint, sources[name], None if name in mapped else goal)
+            loaded[id(old)] = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
+            done += old.nbytes
+            if progress:
+                progress(done, total)
+        _assign(model, name, loaded[id(old)])
+    return _report_unread(checkpoint, sources)
+
+
+def _check_names(model: nn.Module, wanted: Mapping[str, Tensor], sources: Mapping[str, Source]) -> None:
+    if wanted.keys() != sources.keys():
+        difference = sorted(wanted.keys() ^ sources.keys())
+        raise TypeError(f"{type(model).__name__}.weight_sources() and its state_dict() differ in {_listed(difference)}")
+
+
+def _check_file(wanted: Mapping[str, Tensor], sources: Mapping[str, Source], checkpoint: Checkpoint) -> None:
+    """Refuse, before reading any data, a checkpoint that lacks tensors or holds them in other shapes."""
+    present = checkpoint.names()
+    missing = sorted({name for source in sources.values() for name in source.names if name not in present})
+    if missing:
+        raise CheckpointError(f"{checkpoint.origin}: {len(missing)} tensors of this model are missing: {_listed(missing)}")
+    wrong = []
+    for name, tensor in wanted.items():
+        shapes = [checkpoint.shape(part) for part in sources[name].names]
+        found = _shape_of(sources[name], shapes)
+        if found != tuple(tensor.shape):
+            parts = " + ".join(f"{part} {list(shape)}" for part, shape in zip(sources[name].names[:_SHOWN], shapes, strict=False))
+            wrong.append(f"{parts} for a parameter of shape {list(tensor.shape)}")
+    if wrong:
+        raise CheckpointError(f"{checkpoint.origin}: {len(wrong)} tensors have another shape than the config says: {_listed(wrong)}")
+
+
+def _shape_of(source: Source, shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape that the source's tensors give together; None where they do not fit each other."""
+    try:
+        parts = [torch.empty(shape, device="meta") for shape in shapes]
+        return tuple(_joined(source, parts).shape)
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return None
+
+
+def _joined(source: Source, parts: list[Tensor]) -> Tensor:
+    if source.combine is not None:
+        return source.combine(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _read(checkpoint: Checkpoint, source: Source, dtype: torch.dtype | None) -> Tensor:
+    """The source's tensor in `dtype` (None: the file's). Joined tensors are converted one by one, so that no second copy of the whole exists."""
+    if source.combine is not None or len(source.names) == 1 or dtype is None:
+        return _joined(source, [checkpoint.get(name) for name in source.names]).to(dtype)
+    shapes = [checkpoint.shape(name) for name in source.names]
+    whole = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=dtype)
+    for name, rows in zip(source.names, whole.split([shape[0] for shape in shapes]), strict=True):
+        rows.copy_(checkpoint.get(name))
+    return whole
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, tensor)
+
+
+def _report_unread(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> tuple[str, ...]:
+    read = {name for source in sources.values() for name in source.names}
+    owner = layout_from_config(checkpoint.config).owner
+    unread = sorted(name for name in checkpoint.names() - read if not _is_dead(name, owner))
+    if unread:
+        logger.warning("%s: %d tensors are not part of this model and were not read: %s", checkpoint.origin, len(unread), _listed(unread))
+    return tuple(unread)
+
+
+def _is_dead(name: str, owner: tuple[int, ...]) -> bool:
+    """Whether this is a key or value projection of a layer that reads another layer's cache: published checkpoints ship them, nothing uses them."""
+    match = _KEY_VALUE.match(name)
+    return match is not None and int(match[1]) < len(owner) and owner[int(match[1])] != int(match[1])
+
+
+def _listed(entries: list[str]) -> str:
+    more = len(entries) - _SHOWN
+    return ", ".join(entries[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
