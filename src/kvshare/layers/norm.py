@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class RMSNorm(nn.Module):
@@ -11,13 +12,11 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float, weighted: bool = True, offset: float = 0.0):
         super().__init__()
-        self.eps, self.offset = eps, offset
+        self.shape, self.eps, self.offset = (width,), eps, offset
         self.weight = nn.Parameter(torch.empty(width)) if weighted else None  # [width]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., width]
-        precise = x if x.dtype == torch.float64 else x.float()
-        scaled = precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + self.eps)
-        if self.weight is not None:
-            weight = self.weight.to(precise.dtype)
-            scaled = scaled * (weight + self.offset if self.offset else weight)
-        return scaled.to(x.dtype)
+        if self.weight is None or (not self.offset and self.weight.dtype == x.dtype):
+            return F.rms_norm(x, self.shape, self.weight, self.eps)  # torch computes 16-bit types in float32 inside
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(precise), self.shape, self.weight.to(precise) + self.offset, self.eps).to(x.dtype)

@@ -1,0 +1,46 @@
+"""Routed experts: each token runs through a few of many gated feed-forward layers (Shazeer et al. 2017)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvshare.layers.activations import GatedActivation
+
+
+class Experts(nn.Module):
+    """All experts of one layer, their weights stacked. Tokens are sorted by expert, so that each expert is one product over all its tokens.
+
+    The result does not depend on what else is in the batch: a token's experts are summed in the order in which its router names them.
+    """
+
+    def __init__(self, num_experts: int, hidden: int, intermediate: int, activation: GatedActivation):
+        super().__init__()
+        self.num_experts, self.activation = num_experts, activation
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate, hidden))  # [experts, 2 * intermediate, hidden], gate first
+        self.down = nn.Parameter(torch.empty(num_experts, hidden, intermediate))  # [experts, hidden, intermediate]
+
+    def forward(
+        self,
+        x: Tensor,  # [tokens, hidden]
+        chosen: Tensor,  # [tokens, k] int64; `num_experts` stands for no expert at all, which adds nothing
+        weights: Tensor,  # [tokens, k], on the experts' outputs
+    ) -> Tensor:  # [tokens, hidden]
+        tokens, k = chosen.shape
+        if not tokens:
+            return x
+        assigned = chosen.flatten()
+        order = assigned.argsort(stable=True)  # places in `assigned`, expert by expert
+        counts = torch.bincount(assigned, minlength=self.num_experts + 1).tolist()
+        rows = x[order // k].split(counts)
+        outs = [self._run(expert, part) for expert, part in enumerate(rows) if len(part)]
+        by_place = torch.cat(outs)[order.argsort()].unflatten(0, (tokens, k))  # [tokens, k, hidden]
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return (by_place.to(precise) * weights.to(precise)[..., None]).sum(1).to(x.dtype)
+
+    def _run(self, expert: int, x: Tensor) -> Tensor:  # [tokens of this expert, hidden]
+        if expert == self.num_experts:
+            return torch.zeros_like(x)
+        gate, up = F.linear(x, self.gate_up[expert]).chunk(2, dim=-1)
+        return F.linear(self.activation(gate, up), self.down[expert])
