@@ -52,7 +52,9 @@ class Arena:
     def allocate(self, count: int) -> list[int]:
         """`count` pages, or `CapacityError` and none at all."""
         if count > len(self._free):
-            raise CapacityError(f"the cache needs {count} more pages of {self.page_bytes:,} bytes, but only {len(self._free)} of {self.num_pages} are free")
+            raise CapacityError(
+                f"the cache needs {count} more pages of {self.page_bytes:,} bytes, but only {len(self._free)} of {self.num_pages} are free"
+            )
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self._references[page] = 1
@@ -92,4 +94,6 @@ class Arena:
         free = set(self._free)
         assert len(free) == len(self._free), "a page stands twice in the free list"
         for page, references in enumerate(self._references):
-            assert (page in free) == (references == 0), f"page {page} has {references} references and is {'free' if page in free else 'held'}"
+            assert (page in free) == (references == 0), (
+                f"page {page} has {references} references and is {'free' if page in free else 'held'}"
+            )

@@ -49,7 +49,14 @@ class Step(ABC):
     `spans[s]` where its new ones lie. `reader_rows` are the rows that go on behind the last owner (None: all).
     """
 
-    def __init__(self, layout: CacheLayout, past: Sequence[int], counts: Sequence[int], reader_rows: Sequence[int] | None, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        layout: CacheLayout,
+        past: Sequence[int],
+        counts: Sequence[int],
+        reader_rows: Sequence[int] | None,
+        device: torch.device | str = "cpu",
+    ):
         self.layout = layout
         self.past = tuple(past)
         self.counts = tuple(counts)
@@ -238,7 +245,9 @@ def _keys_and_values(
 class DenseStep(Step):
     """A step without an arena, over whole sequences from their first token: scoring, training, folding, and the test of `PagedStep`. Autograd works."""
 
-    def __init__(self, layout: CacheLayout, lengths: Sequence[int], reader_rows: Sequence[int] | None = None, device: torch.device | str = "cpu"):
+    def __init__(
+        self, layout: CacheLayout, lengths: Sequence[int], reader_rows: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    ):
         super().__init__(layout, [0] * len(lengths), lengths, reader_rows, device)
         self._rows: dict[tuple[int, str, int], Tensor] = {}
 

@@ -29,5 +29,7 @@ RUNNABLE = ("fp32", "fp16", "bf16")
 def codec_for(precision: Precision) -> Codec:
     """The codec of a precision; `RequestError` for those that only the planner knows."""
     if precision.name not in RUNNABLE:
-        raise RequestError(f"KV precision {precision.name}: the planner sizes it, the engine runs {', '.join(RUNNABLE)} (known: {', '.join(PRECISIONS)})")
+        raise RequestError(
+            f"KV precision {precision.name}: the planner sizes it, the engine runs {', '.join(RUNNABLE)} (known: {', '.join(PRECISIONS)})"
+        )
     return RawCodec(precision)

@@ -1,0 +1,161 @@
+"""`LLM`: a model, its arena and an engine behind the call that people know from vLLM's offline API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from kvshare.cache.arena import Arena
+from kvshare.checkpoints import open_checkpoint
+from kvshare.checkpoints.progress import progress_bar
+from kvshare.checkpoints.weights import load_weights
+from kvshare.engine.engine import Engine
+from kvshare.engine.outputs import RequestOutput, Update
+from kvshare.engine.sampling import SamplingParams
+from kvshare.errors import CapacityError, RequestError
+from kvshare.layout import CacheLayout
+from kvshare.models import build_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_ARENA_SHARE = 0.5  # of the memory that is free when the weights are loaded
+
+Prompt = str | SequenceOf[int]
+
+
+class LLM:
+    """A loaded model.
+
+    `where`: a directory, a `.gguf` file, a hub name, or the short name of weights in an installed package.
+    `dtype`: "auto" (bfloat16 unless the checkpoint is float32), "bfloat16", "float16" or "float32".
+    `max_context`: tokens a sequence may have; by default the model's own limit, or less if the memory does not hold that.
+    `kv_memory`: bytes for the cache; by default what `max_sequences` sequences of `max_context` need, at most half of the free memory.
+    `chunk`: tokens that one step computes at most; bounds the memory of a long prompt's prefill.
+    `kv_layout`: how Gemma 4's K = V layers are stored: "plain", "compact" or "v-only".
+
+    Raises `CheckpointError`, `ConfigError` or `CapacityError` when the model cannot be loaded or held.
+    """
+
+    def __init__(
+        self,
+        where: str | Path,
+        *,
+        dtype: str = "auto",
+        max_context: int | None = None,
+        max_sequences: int = 16,
+        kv_memory: int | None = None,
+        chunk: int = 512,
+        kv_layout: str = "plain",
+        progress: bool = True,
+    ):
+        checkpoint = open_checkpoint(where)
+        self.origin = checkpoint.origin
+        self.dtype = _choose_dtype(dtype, checkpoint.config)
+        self.model = build_model(checkpoint.config, self.dtype, kv_layout).eval()
+        with progress_bar("loading weights") if progress else nullcontext() as report:
+            load_weights(self.model, checkpoint, self.dtype, report)
+        self.tokenizer = checkpoint.tokenizer()
+        self.generation_config: Mapping[str, Any] = checkpoint.generation_config
+        precision = _PRECISIONS[self.dtype]
+        self.arena, self.max_context = _make_arena(self.model.layout, precision, max_context, max_sequences, kv_memory, chunk)
+        self.engine = Engine(self.model, self.tokenizer, self.arena, precision, self.max_context, chunk, max_sequences)
+
+    @property
+    def layout(self) -> CacheLayout:
+        return self.model.layout
+
+    def default_sampling_params(self, **overrides: Any) -> SamplingParams:
+        """The model's own sampling defaults with `overrides` (those that are not None) on top."""
+        return SamplingParams.from_generation_config(self.generation_config, **overrides)
+
+    def generate(
+        self, prompts: Prompt | SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Complete every prompt (text or token ids) in one batch; outputs in the order of the prompts.
+
+        One `SamplingParams` serves all prompts, or give one for each. Nothing runs if one of them is refused.
+        """
+        several = _as_list(prompts)
+        each = list(params) if isinstance(params, SequenceOf) else [params or self.default_sampling_params()] * len(several)
+        if len(each) != len(several):
+            raise RequestError(f"{len(several)} prompts but {len(each)} sampling params: give one for all, or one for each")
+        ids = self._add_all(several, each)
+        requests = [self.engine.requests[request_id] for request_id in ids]
+        try:
+            while any(request_id in self.engine.requests for request_id in ids):
+                self.engine.step()
+        finally:
+            self._cancel_all(ids)
+        return [request.output() for request in requests]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Update]:
+        """Complete one prompt, yielding each update as it comes. Closing the iterator cancels the request."""
+        request_id = self.engine.add(prompt, params or self.default_sampling_params())
+        try:
+            while request_id in self.engine.requests:
+                yield from (update for update in self.engine.step() if update.request_id == request_id)
+        finally:
+            self.engine.cancel(request_id)
+
+    def chat_prompt(self, messages: SequenceOf[Mapping[str, Any]], **template_arguments: Any) -> list[int]:
+        """Token ids of a conversation ({"role", "content"} each) under the model's own chat template, ready for its answer."""
+        return self.tokenizer.encode(self.tokenizer.render_chat(messages, **template_arguments), special=False)
+
+    def _add_all(self, prompts: SequenceOf[Prompt], params: SequenceOf[SamplingParams]) -> list[int]:
+        ids: list[int] = []
+        try:
+            for prompt, own in zip(prompts, params, strict=True):
+                ids.append(self.engine.add(prompt, own))
+        except Exception:
+            self._cancel_all(ids)
+            raise
+        return ids
+
+    def _cancel_all(self, ids: SequenceOf[int]) -> None:
+        for request_id in ids:
+            self.engine.cancel(request_id)
+
+
+def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and all(isinstance(p, int) for p in prompts)):
+        return [prompts]  # pyright: ignore[reportReturnType]
+    return list(prompts)  # pyright: ignore[reportReturnType]
+
+
+def _choose_dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if config.get("dtype", config.get("torch_dtype")) == "float32" else torch.bfloat16
+    if name not in DTYPES:
+        raise RequestError(f"dtype: unknown {name!r}: choose auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _make_arena(
+    layout: CacheLayout, precision: str, max_context: int | None, max_sequences: int, kv_memory: int | None, chunk: int
+) -> tuple[Arena, int]:
+    """The arena, and the context that one sequence can have in it."""
+    page_bytes = layout.page_bytes(precision)
+    wanted = max_context or layout.max_context or 8192
+    budget = (kv_memory if kv_memory is not None else int(free_memory() * _ARENA_SHARE)) // page_bytes
+    alone = layout.peak_pages(wanted, 1, precision, chunk)
+    if alone > budget and max_context is not None:
+        raise CapacityError(
+            f"a context of {wanted:,} tokens needs {alone * page_bytes:,} bytes of cache, but {budget * page_bytes:,} are there: lower max_context or raise kv_memory"
+        )
+    while layout.peak_pages(wanted, 1, precision, chunk) > budget:
+        wanted = wanted * 3 // 4
+        if wanted < 1:
+            raise CapacityError(f"not one token fits into {budget * page_bytes:,} bytes of cache: raise kv_memory")
+    pages = budget if kv_memory is not None else min(budget, layout.peak_pages(wanted, max_sequences, precision, chunk))
+    return Arena(pages, page_bytes), wanted
+
+
+def free_memory() -> int:
+    """Bytes that the system can hand out without swapping."""
+    return psutil.virtual_memory().available
