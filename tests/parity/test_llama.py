@@ -18,7 +18,14 @@ BASE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 SHAPES = {
     "llama": (transformers.LlamaConfig, {"head_dim": 8, "tie_word_embeddings": False, "mlp_bias": True, "attention_bias": True}),

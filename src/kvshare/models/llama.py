@@ -40,7 +40,11 @@ class LlamaConfig:
         fields = Fields(config)
         hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         family = fields.get("model_type")
-        rope = {"rope_theta": fields.get("rope_theta", 10_000.0), **(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+        rope = {
+            "rope_theta": fields.get("rope_theta", 10_000.0),
+            **(fields.get("rope_scaling") or {}),
+            **(fields.get("rope_parameters") or {}),
+        }
         return LlamaConfig(
             hidden,
             fields.integer("intermediate_size"),
