@@ -152,7 +152,7 @@ WAYS: dict[str, Callable[[Model, Tensor], Tensor]] = {
 
 
 def assert_equals_oracle(model: Model, reference: Tensor, ids: Tensor, bound: float = 2e-4) -> None:
-    """Every way of running gives the oracle's logits [sequences, tokens, vocab] within `bound`; also when only the last row is asked for."""
+    """Every way of running gives the oracle's logits [sequences, tokens, vocab] within `bound`, also for the last row alone."""
     for name, run in WAYS.items():
         difference = (run(model, ids).double() - reference.double()).abs().max().item()
         assert difference < bound, f"{name}: logits differ by {difference:.2e}"

@@ -1,1 +1,1 @@
-"""The cache's three questions, each an object of its own: which bytes (`arena`), whose rows (`tables`), what a forward pass sees (`step`)."""
+"""The cache's questions, one object each: bytes (`arena`), whose rows (`tables`), a model's view (`step`), who gets pages (`policy`)."""

@@ -40,6 +40,6 @@ class PagePolicy:
         return low
 
     def can_admit(self, tokens: int, running: Iterable[tuple[int, SequenceCache]]) -> bool:
-        """Whether a new sequence of `tokens` tokens fits beside the running ones ((tokens, cache) each), all at the end of their prompts."""
+        """Whether a new sequence of `tokens` tokens fits beside the running ones ((tokens, cache) each) when all prompts have run."""
         promised = sum(max(0, self.peak_pages(count + 1) - cache.num_pages) for count, cache in running)
         return self.peak_pages(tokens + 1) + promised <= self.arena.num_free

@@ -1,4 +1,4 @@
-"""What a forward pass sees of the cache, and nothing else: `Step`. Models take `(tokens, step)`; the tokens of all sequences lie flat, one behind the other.
+"""What a forward pass sees of the cache: `Step`, and nothing else. Models take `(tokens, step)`; the tokens of all sequences lie flat.
 
 A step's life in a model, layer by layer:
 
@@ -22,7 +22,7 @@ from kvshare.layers.attention import attention
 from kvshare.layout import CacheLayout, LayerCache, State, Stream
 
 KeyRebuild = Callable[[Mapping[str, Tensor], Tensor], Tensor]
-"""For layers that store no whole keys: rows by stream ([rows, heads, width] each) and their positions [rows] -> keys [rows, heads, width]."""
+"""For layers that store no whole keys: rows by stream ([rows, heads, width] each), their positions [rows] -> keys [rows, heads, width]."""
 
 
 class Span(NamedTuple):
@@ -65,7 +65,7 @@ class Step(ABC):
         starts = [sum(self.counts[:s]) for s in range(len(self.counts))]
         self.spans = tuple(Span(a, a + n, t, t + n - 1) for a, n, t in zip(starts, self.counts, self.past, strict=True))
         all_rows = reader_rows is None or len(reader_rows) == len(self.positions)
-        self.rows_kept = None if all_rows else torch.tensor(list(reader_rows), dtype=torch.long, device=device)  # [rows kept]
+        self._kept = None if all_rows else torch.tensor(list(reader_rows), dtype=torch.long, device=device)  # [rows kept]
         self._is_tail = False
         self._masks: dict[tuple[object, ...], Tensor] = {}
 
@@ -138,11 +138,15 @@ class Step(ABC):
 
     def narrows(self, layer: int) -> bool:
         """Whether, once `layer` has appended, only some rows go on: it is the last owner and not all rows are needed."""
-        return self.rows_kept is not None and not self._is_tail and layer == self.layout.tail - 1
+        return self._kept is not None and not self._is_tail and layer == self.layout.tail - 1
+
+    @property
+    def rows_kept(self) -> Tensor:  # [rows kept]
+        """The rows, of the whole step, that go on behind the last owner."""
+        return torch.arange(len(self.positions), device=self.positions.device) if self._kept is None else self._kept
 
     def tail(self) -> Step:
         """The same step on `rows_kept` only. It cannot append."""
-        assert self.rows_kept is not None
         step = copy.copy(self)
         step.positions = self.positions[self.rows_kept]
         kept, spans, start = self.rows_kept.tolist(), [], 0
@@ -243,7 +247,10 @@ def _keys_and_values(
 
 
 class DenseStep(Step):
-    """A step without an arena, over whole sequences from their first token: scoring, training, folding, and the test of `PagedStep`. Autograd works."""
+    """A step without an arena, over whole sequences from their first token; autograd works.
+
+    For scoring, training and folding, and as the test of `PagedStep`.
+    """
 
     def __init__(
         self, layout: CacheLayout, lengths: Sequence[int], reader_rows: Sequence[int] | None = None, device: torch.device | str = "cpu"

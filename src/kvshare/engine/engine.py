@@ -63,7 +63,8 @@ class Engine:
             )
         if params.max_tokens is not None and params.max_tokens > room:
             raise RequestError(
-                f"{len(tokens):,} prompt tokens and max_tokens {params.max_tokens:,} exceed the context of {self.max_context:,}: at most {room:,} can follow"
+                f"{len(tokens):,} prompt tokens and max_tokens {params.max_tokens:,} exceed the context of {self.max_context:,}: "
+                f"at most {room:,} can follow"
             )
         max_tokens = params.max_tokens or room
         self.policy.check_possible(len(tokens) + max_tokens, params.n)

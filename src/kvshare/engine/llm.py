@@ -146,7 +146,8 @@ def _make_arena(
     alone = layout.peak_pages(wanted, 1, precision, chunk)
     if alone > budget and max_context is not None:
         raise CapacityError(
-            f"a context of {wanted:,} tokens needs {alone * page_bytes:,} bytes of cache, but {budget * page_bytes:,} are there: lower max_context or raise kv_memory"
+            f"a context of {wanted:,} tokens needs {alone * page_bytes:,} bytes of cache, but {budget * page_bytes:,} are there: "
+            "lower max_context or raise kv_memory"
         )
     while layout.peak_pages(wanted, 1, precision, chunk) > budget:
         wanted = wanted * 3 // 4

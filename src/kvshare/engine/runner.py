@@ -50,7 +50,7 @@ class Runner:
 
     @staticmethod
     def _rows_with_logits(sequence: Sequence, count: int) -> list[int]:
-        """The rows, of the step's `count`, that go on behind the last owner: the last one, or all of a prompt whose log-probabilities are asked for."""
+        """The rows, of the step's `count`, that go on behind the last owner: the last one, or all where prompt logprobs are asked for."""
         recorded = sequence.request.prompt_logprobs
         if recorded is not None and len(recorded) < sequence.num_prompt:
             return list(range(count))

@@ -58,7 +58,7 @@ def _nucleus(probabilities: Tensor, mass: float) -> Tensor:
 
 
 def _threshold(probabilities: Tensor, mass: float) -> float:
-    """The largest probability t for which the tokens of at least t reach `mass`, by bisection: for flat distributions, whose nucleus is large."""
+    """The largest t for which the tokens of probability t or more reach `mass`, by bisection, for flat distributions."""
     low, high = 0.0, float(probabilities.max())
     for _ in range(50):
         middle = (low + high) / 2

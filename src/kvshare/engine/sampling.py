@@ -66,16 +66,10 @@ class SamplingParams:
 
     def _number(self, name: str, least: float, most: float, open_below: bool = False) -> None:
         value = getattr(self, name)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or math.isnan(value)
-            or not least <= value <= most
-            or (open_below and value == least)
-        ):
-            raise RequestError(
-                f"{name}: must be a number {'above' if open_below else 'from'} {least} {'up ' if open_below else ''}to {most}, not {value!r}"
-            )
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        if not is_number or not least <= value <= most or (open_below and value == least):
+            bounds = f"above {least}, at most {most}" if open_below else f"from {least} to {most}"
+            raise RequestError(f"{name}: must be a number {bounds}, not {value!r}")
 
     @property
     def greedy(self) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvshare.checkpoints.weights import Source
 from kvshare.layers.activations import GatedActivation
 
 
@@ -44,3 +47,23 @@ class Experts(nn.Module):
             return torch.zeros_like(x)
         gate, up = F.linear(x, self.gate_up[expert]).chunk(2, dim=-1)
         return F.linear(self.activation(gate, up), self.down[expert])
+
+
+def expert_sources(prefix: str, num_experts: int) -> dict[str, Source]:
+    """Where the parameters of `Experts` come from: released checkpoints name each expert, transformers' own modules stack them."""
+    each = [f"{prefix}.{expert}" for expert in range(num_experts)]
+    gate_up = tuple(f"{expert}.{half}_proj.weight" for expert in each for half in ("gate", "up"))
+    down = tuple(f"{expert}.down_proj.weight" for expert in each)
+    return {
+        "gate_up": stacked(gate_up, num_experts, otherwise=Source((f"{prefix}.gate_up_proj",))),
+        "down": stacked(down, num_experts, otherwise=Source((f"{prefix}.down_proj",))),
+    }
+
+
+def stacked(names: tuple[str, ...], num_experts: int, otherwise: Source | None = None) -> Source:
+    """Matrices of the experts, in order, as one parameter [experts, rows, columns]."""
+    return Source(names, partial(_stack, num_experts), otherwise)
+
+
+def _stack(num_experts: int, parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts).unflatten(0, (num_experts, -1))

@@ -1,4 +1,4 @@
-"""Llama and its relatives (Touvron et al. 2023): Llama 2/3, Mistral, Qwen 2/3, SmolLM2. Pre-norm blocks, grouped-query attention, SwiGLU."""
+"""Llama and its relatives (Touvron et al. 2023): Llama 2/3, Mistral, Qwen 2/3, SmolLM2. Grouped-query attention, SwiGLU."""
 
 from __future__ import annotations
 
