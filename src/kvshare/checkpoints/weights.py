@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,10 +27,19 @@ class Source:
     """Which checkpoint tensors make up one parameter. Without `combine` one is taken as it is and several are joined along dimension 0.
 
     `combine` must be a pure function of the tensors: it is run on the meta device first, to learn the shape it gives.
+    `otherwise` is what is taken from a checkpoint that does not hold all of `names`: a released model and its re-save may differ in them.
     """
 
     names: tuple[str, ...]
     combine: Callable[[list[Tensor]], Tensor] | None = None
+    otherwise: Source | None = None
+
+    def present_in(self, names: Collection[str]) -> Source:
+        """This source, or the first of those behind it whose tensors are all in `names`; this one if none is."""
+        source: Source | None = self
+        while source is not None and not all(name in names for name in source.names):
+            source = source.otherwise
+        return source or self
 
 
 class Loadable(Protocol):
@@ -52,7 +61,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, p
     the mapped file. Returns (and logs) the tensors of the file that nobody reads, but for the k and v of layers that
     share another layer's cache, which are expected to lie there dead. Raises `CheckpointError` for tensors that are missing or of another shape.
     """
-    sources: Mapping[str, Source] = model.weight_sources()  # type: ignore[operator]
+    present = checkpoint.names()
+    described: Mapping[str, Source] = model.weight_sources()  # type: ignore[operator]
+    sources = {name: source.present_in(present) for name, source in described.items()}
     wanted = model.state_dict(keep_vars=True)
     _check_names(model, wanted, sources)
     _check_file(wanted, sources, checkpoint)
