@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from kvshare.checkpoints.gguf_blocks import PackedBlocks
@@ -40,8 +41,11 @@ class Checkpoint(Protocol):
         """The logical shape of a tensor, from the file's header: no data is read. Raises `CheckpointError` for a name that is not there."""
         ...
 
-    def get(self, name: str) -> Tensor:
-        """The tensor: a view of the memory-mapped file where the format allows (never write to it), else freshly decoded."""
+    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in `dtype`, or in the file's own (float32 where that is quantized).
+
+        A view of the memory-mapped file where the format allows and the dtype is the file's (never write to it), else fresh.
+        """
         ...
 
     def packed(self, name: str) -> PackedBlocks | None:

@@ -15,6 +15,7 @@ from kvshare.errors import CheckpointError
 from kvshare.layout.config import read_config, text_config
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from kvshare.checkpoints.checkpoint import Checkpoint
@@ -69,10 +70,10 @@ class SafetensorsDirectory:
         """The dtype as the safetensors header spells it: "BF16", "F8_E4M3", ..."""
         return self._slice(name).get_dtype()
 
-    def get(self, name: str) -> Tensor:
+    def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         file_name = self._file_name(name)
         try:
-            return self._files[self._shard_of[file_name]].get_tensor(file_name)
+            return self._files[self._shard_of[file_name]].get_tensor(file_name).to(dtype)
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{self.path / self._shard_of[file_name]}: {file_name} cannot be read: {error}") from None
 

@@ -123,13 +123,13 @@ def _joined(source: Source, parts: list[Tensor]) -> Tensor:
 
 
 def _read(checkpoint: Checkpoint, source: Source, dtype: torch.dtype | None) -> Tensor:
-    """The source's tensor in `dtype` (None: the file's). Joined tensors are converted one by one, so that no second copy of the whole exists."""
+    """The source's tensor in `dtype` (None: the file's). Parts are converted one by one, so that no second copy of the whole exists."""
     if source.combine is not None or len(source.names) == 1 or dtype is None:
-        return _joined(source, [checkpoint.get(name) for name in source.names]).to(dtype)
+        return _joined(source, [checkpoint.get(name, dtype) for name in source.names])
     shapes = [checkpoint.shape(name) for name in source.names]
     whole = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=dtype)
     for name, rows in zip(source.names, whole.split([shape[0] for shape in shapes]), strict=True):
-        rows.copy_(checkpoint.get(name))
+        rows.copy_(checkpoint.get(name, dtype))
     return whole
 
 
