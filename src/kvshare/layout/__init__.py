@@ -31,8 +31,8 @@ KV_FORMS = ("plain", "compact", "v-only")
 def layout_from_config(config: Mapping[str, Any], kv_form: str = "plain") -> CacheLayout:
     """The layout of the model that a `config.json` (as a mapping, `text_config` nested or not) describes.
 
-    Raises `ConfigError`, with the field's name, for architectures that are not known and for fields that are missing or contradict each other.
-    What had to be assumed stands in the layout's `warnings`.
+    Raises `ConfigError`, with the field's name, for architectures that are not known and for fields that are missing or
+    contradict each other. What had to be assumed stands in the layout's `warnings`.
     """
     from kvshare.layout.rules import rule_for
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from math import prod
 
@@ -16,7 +17,7 @@ from kvshare.layout.rows import DTYPE_BYTES, NATIVE, Precision, precision_named
 PAGE_UNIT = 4096  # pages are multiples of the operating system's page
 ROWS_PER_WIDEST_PAGE = 32  # rows of the widest stream that one page holds
 
-KINDS = ("full", "window", "shared", "compressed", "indexer", "state")
+KINDS: tuple[str, ...] = ("full", "window", "shared", "compressed", "indexer", "state")
 """What bytes are counted as; `shared` is always 0: a reader stores nothing."""
 
 
@@ -200,6 +201,18 @@ class CacheLayout:
             total += sum(stream.read_rows(context) * stream.row_bytes(form) for stream in self.streams_of(index))
         return batch * total
 
+    def bytes_per_token(self, precision: PrecisionChoice = "bf16") -> Fraction:
+        """What one more token adds once every window is full."""
+        return sum(
+            (
+                Fraction(stream.row_bytes(self.precision_of(index, precision)), stream.tokens_per_row)
+                for index in self.owners
+                for stream in self.layers[index].streams
+                if stream.window is None
+            ),
+            Fraction(0),
+        )
+
     @cached_property
     def state_bytes(self) -> int:
         """Bytes of the fixed states of one sequence."""
@@ -229,7 +242,10 @@ class CacheLayout:
         return batch * self.held_pages(context, precision) * self.page_bytes(precision)
 
     def peak_pages(self, context: int, batch: int = 1, precision: PrecisionChoice = "bf16", chunk: int = 512, draft: int = 0) -> int:
-        """Pages that `batch` sequences may hold inside a step that appends `chunk` rows to one of them (or splits them) and `1 + draft` to the others."""
+        """Pages that `batch` sequences may hold inside a step.
+
+        The step appends `chunk` rows to one of them (or splits these over several) and `1 + draft` to each of the others.
+        """
         states = -(-self.state_bytes // self.page_bytes(precision))
         total = batch * states
         for index in self.owners:

@@ -9,8 +9,6 @@ from typing import Any
 
 from kvshare.errors import ConfigError
 
-_MISSING = object()
-
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The config of a directory or a `config.json`, as the file has it. Raises `ConfigError` where it is no JSON object."""
@@ -70,18 +68,21 @@ class Fields:
         value = self.config.get(name)
         return default if value is None else value
 
-    def integer(self, name: str, default: Any = _MISSING, least: int = 1) -> int:
+    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
         """An integer field of at least `least`; a missing one is refused unless there is a default."""
-        value = self.config.get(name)
+        value = self.config.get(name, default)
+        value = default if value is None else value
         if value is None:
-            if default is _MISSING:
-                raise ConfigError(name, "missing from the config")
-            return default
+            raise ConfigError(name, "missing from the config")
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(name, f"must be an integer, not {value!r}")
         if value < least:
             raise ConfigError(name, f"must be at least {least}, not {value}")
         return value
+
+    def optional_integer(self, name: str) -> int | None:
+        """An integer field, or None where the config has none."""
+        return self.integer(name) if self.has(name) else None
 
     def list_of(self, name: str, length: int, kinds: type | tuple[type, ...]) -> list[Any] | None:
         """A list with one entry a layer, or None where the config has none."""

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from kvshare.errors import ConfigError
+
 SCALE_BYTES = 2  # scales and minima are stored as float16
 INT4_GROUP = 32  # numbers that share one scale and one minimum
 NATIVE = "native"  # the format that the model's authors serve: each stream says its own (`Stream.native_bytes`), else bf16
@@ -17,7 +19,7 @@ NATIVE = "native"  # the format that the model's authors serve: each stream says
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """One way of spelling a row: `bits` a number, plus `scales` 16-bit scalars for every `group` numbers (0: the whole vector of a head)."""
+    """One way of spelling a row: `bits` a number, plus `scales` 16-bit scalars for every `group` numbers (0: a head's whole vector)."""
 
     name: str
     bits: int
@@ -49,8 +51,8 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"fp32": 4, "fp16": 2, "bf16":
 
 
 def precision_named(name: str) -> Precision:
-    """The precision called `name`; raises `ValueError` with the list of those that exist."""
+    """The precision called `name`; raises `ConfigError` with the list of those that exist."""
     try:
         return PRECISIONS[name]
     except KeyError:
-        raise ValueError(f"unknown KV precision {name!r}: choose one of {', '.join(PRECISIONS)}") from None
+        raise ConfigError("kv_dtype", f"unknown precision {name!r}: choose one of {', '.join(PRECISIONS)}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from kvshare.errors import ConfigError
 from kvshare.layout.cache_layout import CacheLayout
 from kvshare.layout.config import Fields
 from kvshare.layout.rules import deepseek, gemma, plain, zaya

@@ -33,7 +33,7 @@ def latent(fields: Fields, kv_form: str) -> CacheLayout:
     count = fields.integer("num_hidden_layers")
     layers = tuple(LayerCache("latent", index, tuple(streams)) for index in range(count))
     name = fields.get("model_type", "deepseek_v32")
-    return CacheLayout(layers, name, fields.integer("max_position_embeddings", None), tuple(fields.warnings))
+    return CacheLayout(layers, name, fields.optional_integer("max_position_embeddings"), tuple(fields.warnings))
 
 
 def _attention_types(fields: Fields, count: int) -> list[str]:
@@ -73,7 +73,10 @@ def _native_row(width: int, rotated: int) -> int:
 
 
 def compressed(fields: Fields, kv_form: str) -> CacheLayout:
-    """V4: every layer keeps a window of key-value vectors (K = V); CSA layers an entry for each 4 tokens with an indexer, HCA layers for each 128."""
+    """V4: every layer keeps a window of key-value vectors (K = V) and, unless it is a plain window layer, compressed entries.
+
+    CSA layers write an entry for each 4 tokens and select entries with an indexer; HCA layers write one for each 128 and read all.
+    """
     count, width, index_width = fields.integer("num_hidden_layers"), fields.integer("head_dim"), fields.integer("index_head_dim")
     rotated = fields.integer("qk_rope_head_dim", width // 8)
     if fields.integer("num_key_value_heads", 1) != 1:
@@ -95,7 +98,7 @@ def compressed(fields: Fields, kv_form: str) -> CacheLayout:
             streams.append(Stream("entry", 1, width, tokens_per_row=rates[_HCA], native_bytes=native))
             states = _open_rows("open", rates[_HCA], width)
         layers.append(LayerCache(_KINDS[name], index, tuple(streams), states))
-    return CacheLayout(tuple(layers), fields.get("model_type"), fields.integer("max_position_embeddings", None), tuple(fields.warnings))
+    return CacheLayout(tuple(layers), fields.get("model_type"), fields.optional_integer("max_position_embeddings"), tuple(fields.warnings))
 
 
 def _open_rows(name: str, rows: int, width: int) -> tuple[State, State]:
@@ -104,11 +107,11 @@ def _open_rows(name: str, rows: int, width: int) -> tuple[State, State]:
 
 
 def cross_layer(fields: Fields, kv_form: str) -> CacheLayout:
-    """V4.1: every layer keeps its own window; four layers (`kv_source_layer_ids`) write entries and indexer keys, which the layers behind them read.
+    """V4.1: every layer keeps its own window; a few (`kv_source_layer_ids`) write entries and indexer keys for those behind them.
 
-    A layer's `compress_ratios` entry names the ratio of the entries that it *reads*: those of the last source at or before it. Layers of
-    `index_source_layer_ids` run an indexer over its keys; the others read the entries that the last such layer selected. A source of ratio 1
-    projects token by token and so leaves no block open.
+    A layer's `compress_ratios` entry names the ratio of the entries that it *reads*: those of the last source at or before it.
+    Layers of `index_source_layer_ids` run an indexer over its keys; the others read the entries that the last such layer selected.
+    A source of ratio 1 projects token by token and so leaves no block open.
     """
     count, width, index_width = fields.integer("num_hidden_layers"), fields.integer("head_dim"), fields.integer("index_head_dim")
     ratios = compress_ratios(fields, count)
@@ -140,10 +143,10 @@ def cross_layer(fields: Fields, kv_form: str) -> CacheLayout:
                 borrowed = tuple((source, stream) for stream in read)
         layers.append(LayerCache("csa2" if ratio else "swa", index, tuple(streams), states, borrowed))
     fields.warnings.append(
-        "V4.1's cross-layer reads are inferred from kv_source_layer_ids and compress_ratios (each layer reads the last source at or before it); "
-        "in the native format this gives the 890 bytes a token that its authors state. Engram tables, draft layers and vision are not counted."
+        "which layer reads which is inferred from kv_source_layer_ids and compress_ratios (the last source at or before it); in the native "
+        "format this gives the 890 bytes a token that V4.1's authors state. Engram tables, draft layers and vision are not counted"
     )
-    return CacheLayout(tuple(layers), fields.get("model_type"), fields.integer("max_position_embeddings", None), tuple(fields.warnings))
+    return CacheLayout(tuple(layers), fields.get("model_type"), fields.optional_integer("max_position_embeddings"), tuple(fields.warnings))
 
 
 def _layer_ids(fields: Fields, name: str, count: int) -> list[int]:

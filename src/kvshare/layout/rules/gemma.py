@@ -56,14 +56,23 @@ def geometry(fields: Fields, index: int, layer_type: str) -> tuple[int, int]:
         "num_key_value_heads", _DEFAULT_KV_HEADS[family(fields)], "the default of this architecture's configuration class"
     )
     width = fields.integer("head_dim", 256)
-    own = fields.mapping("per_layer_config").get(str(index), {})
+    own = per_layer_entry(fields, index)
     if layer_type == _FULL and family(fields) == "gemma4":
-        global_heads = fields.integer("num_global_key_value_heads", None) if fields.get("attention_k_eq_v") else None
-        _check_agreement(index, "head_dim", fields.integer("global_head_dim", None), own)
+        global_heads = fields.optional_integer("num_global_key_value_heads") if fields.get("attention_k_eq_v") else None
+        _check_agreement(index, "head_dim", fields.optional_integer("global_head_dim"), own)
         _check_agreement(index, "num_key_value_heads", global_heads, own)
         heads, width = global_heads or heads, fields.integer("global_head_dim", width if fields.has("per_layer_config") else _GLOBAL_WIDTH)
     entry = Fields(own)
     return entry.integer("num_key_value_heads", heads), entry.integer("head_dim", width)
+
+
+def per_layer_entry(fields: Fields, index: int) -> dict[str, Any]:
+    """What `per_layer_config` says of one layer. transformers pads its keys with zeros where there are ten layers or more ("03")."""
+    entries = fields.mapping("per_layer_config")
+    unknown = [key for key in entries if not key.isdecimal()]
+    if unknown:
+        raise ConfigError("per_layer_config", f"{unknown[0]!r} is not the number of a layer")
+    return next((entry for key, entry in entries.items() if int(key) == index), {})
 
 
 def _check_agreement(index: int, name: str, value: int | None, own: dict[str, Any]) -> None:
@@ -115,7 +124,7 @@ def shared_by_type(fields: Fields, kv_form: str) -> CacheLayout:
     return CacheLayout(
         with_owners(layers, owners(fields, types), field),
         fields.get("model_type"),
-        fields.integer("max_position_embeddings", None),
+        fields.optional_integer("max_position_embeddings"),
         tuple(dict.fromkeys(fields.warnings)),
     )
 
@@ -139,4 +148,4 @@ def drafter(fields: Fields, kv_form: str) -> CacheLayout:
     types = fields.list_of("layer_types", count, str) or [_SLIDING] * (count - 1) + [_FULL]
     layers = tuple(LayerCache(fields.choice("layer_types", name, _TYPES), index) for index, name in enumerate(types))
     note = "a drafter: it stores nothing, and reads the cache of the model that it drafts for"
-    return CacheLayout(layers, fields.get("model_type"), fields.integer("max_position_embeddings", None), (note,), external=True)
+    return CacheLayout(layers, fields.get("model_type"), fields.optional_integer("max_position_embeddings"), (note,), external=True)

@@ -1,6 +1,6 @@
-"""Ordinary grouped-query attention: keys and values in every layer (Llama, Qwen, Mistral, Laguna, OpenELM, ...), or in those that a map names.
+"""Ordinary grouped-query attention (Llama, Qwen, Mistral, Laguna, OpenELM, ...): keys and values in every layer, or where a map says.
 
-`layer_types` says which layers keep a window. Where a config has none, each architecture has a rule of its own for what `sliding_window` means.
+`layer_types` says which layers keep a window. Where a config has none, each architecture has its own rule for what `sliding_window` means.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def grouped_queries(fields: Fields, kv_form: str) -> CacheLayout:
     return CacheLayout(
         with_owners(layers, owners, "kv_sharing"),
         fields.get("model_type", "explicit"),
-        fields.integer("max_position_embeddings", None),
+        fields.optional_integer("max_position_embeddings"),
         tuple(fields.warnings),
     )
 
@@ -145,6 +145,6 @@ def unnamed(fields: Fields, kv_form: str) -> CacheLayout:
         if not fields.has(name):
             raise ConfigError("model_type", f"missing, and without {name} plain grouped-query attention cannot be assumed either")
     fields.warnings.append(
-        "model_type is missing: assumed plain grouped-query attention, with full keys and values of every token in every layer and nothing shared"
+        "model_type is missing: assumed plain grouped-query attention, keys and values of every token in every layer, nothing shared"
     )
     return grouped_queries(fields, kv_form)

@@ -1,11 +1,11 @@
 """ZAYA1: compressed convolutional attention. Each layer keeps keys and values, and two small states that do not grow.
 
-Attention sees a causal convolution over queries and keys, and half of the values belong to the token before: so a sequence carries, in every
-layer, the convolution's last inputs and the last token's delayed value. (Zyphra's own code keeps that token's hidden vector instead,
-2048 numbers where 128 do; kvshare stores what transformers stores.)
+Attention sees a causal convolution over queries and keys, and half of the values belong to the token before: so a sequence carries,
+in every layer, the convolution's last inputs and the last token's delayed value. (Zyphra's own code keeps that token's hidden vector
+instead, 2048 numbers where 128 do; kvshare stores what transformers stores.)
 
-Two schemas exist. The legacy one counts attention and experts as layers of their own, so it has twice as many, and its windows do not count the
-query itself.
+Two schemas exist. The legacy one counts attention and experts as layers of their own, so it has twice as many, and its windows do not
+count the query itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def convolutional(fields: Fields, kv_form: str) -> CacheLayout:
     tail = fields.integer("cca_time0", 2) + fields.integer("cca_time1", 2) - 2  # tokens that the two stages look back
     states = (State("conv", ((queries + heads) * width, tail), dtype), State("delayed_value", (heads * width // 2,), dtype))
     layers = tuple(LayerCache("cca", index, key_value_streams(heads, width, window), states) for index, window in enumerate(windows))
-    return CacheLayout(layers, fields.get("model_type"), fields.integer("max_position_embeddings", None), tuple(fields.warnings))
+    return CacheLayout(layers, fields.get("model_type"), fields.optional_integer("max_position_embeddings"), tuple(fields.warnings))
 
 
 def _windows(fields: Fields) -> list[int | None]:
@@ -59,6 +59,6 @@ def _legacy_windows(fields: Fields) -> list[int | None]:
     fields.warnings.append(f"legacy schema: {count} alternating layers are {count // 2} layers of attention with experts")
     previous = fields.list_of("swa_layers", count, int)  # tokens before the query, 0 for full attention
     if previous is None:
-        every = fields.integer("sliding_window", None)
+        every = fields.optional_integer("sliding_window")
         return [None if every is None else every + 1] * (count // 2)
     return [tokens + 1 if tokens else None for tokens in previous[::2]]

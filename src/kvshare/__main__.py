@@ -1,0 +1,5 @@
+"""`python -m kvshare`."""
+
+from kvshare.cli.main import main
+
+main()

@@ -1,0 +1,48 @@
+"""How many weights a model has, from its config alone: one file for each family of counters.
+
+Counted is what a forward pass of the text model reads: no vision or audio towers, no draft layers, no dead key and value projections of
+layers that read another layer's cache, no buffers (routers' correction tables). Tests compare with transformers' modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from kvshare.errors import ConfigError
+from kvshare.layout import CacheLayout
+from kvshare.layout.config import Fields
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Numbers of weights. `per_layer_tables` (Gemma's per-layer embeddings) are read a few rows a token and can stay on disk."""
+
+    resident: int
+    per_layer_tables: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.resident + self.per_layer_tables
+
+
+Counter = Callable[[Fields, CacheLayout], Parameters]
+"""Counts from the fields of a text config and the layout (which knows heads, widths and readers)."""
+
+
+def count_parameters(fields: Fields, layout: CacheLayout) -> Parameters:
+    """The weights of this model. Raises `ConfigError` where the family has no counter or a field is missing."""
+    from kvshare.planner.parameters import deepseek, gemma, plain, zaya
+
+    counters: Mapping[str, Counter] = {
+        **dict.fromkeys(plain.FEATURES, plain.count),
+        **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), gemma.count_gemma3),
+        **dict.fromkeys(("gemma3n", "gemma3n_text"), gemma.count_gemma3n),
+        **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), gemma.count_gemma4),
+        "zaya": zaya.count,
+        **dict.fromkeys(("deepseek_v3", "deepseek_v32"), deepseek.count_latent),
+        "deepseek_v4": deepseek.count_compressed,
+    }
+    if layout.model_type not in counters:
+        raise ConfigError("model_type", f"the weights of {layout.model_type} are not counted, only its cache")
+    return counters[layout.model_type](fields, layout)

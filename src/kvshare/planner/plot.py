@@ -1,0 +1,77 @@
+"""Cache against context, log-log, one line a model. matplotlib is imported when a plot is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvshare.errors import RequestError
+from kvshare.planner.report import ModelPlan
+
+SUFFIXES = (".svg", ".png")
+_FIRST_CONTEXT = 1 << 9
+_POINTS_PER_OCTAVE = 16
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d", "#8c510a")  # told apart by colour-blind readers
+_STYLES = ("-", "--", "-.", ":")
+
+
+def save_plot(reports: Sequence[ModelPlan], path: Path) -> None:
+    """Writes the plot of `reports` to `path`. Raises `RequestError` for another suffix than .svg or .png, or a missing directory."""
+    if path.suffix not in SUFFIXES:
+        raise RequestError(f"--plot {path}: the file's name must end in {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise RequestError(f"--plot {path}: the directory {path.parent} does not exist")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    axes = figure.add_subplot()
+    last = max(max(report.context, report.layout.max_context or 0) for report in reports)
+    for number, report in enumerate(reports):
+        contexts = _contexts(min(last, report.layout.max_context or last))
+        values = [report.layout.bytes(tokens, report.batch, report.kv_dtype) for tokens in contexts]
+        colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS) % len(_STYLES)]
+        axes.plot(contexts, values, color=colour, linestyle=style, linewidth=2, label=report.model.name)
+        axes.plot([report.context], [report.kv_bytes["total"]], "o", color=colour, markersize=5)
+        if len(reports) == 1:
+            naive = report.layout.without_sharing().without_windows()
+            values = [naive.bytes(tokens, report.batch, report.kv_dtype) for tokens in contexts]
+            axes.plot(contexts, values, color="#999999", linestyle="--", linewidth=1.5, label="every layer keeps every token")
+    memories = {(report.memory - report.weights.bytes, report.model.name) for report in reports if report.memory and report.weights}
+    for left, name in sorted(memories):
+        if left > 0 and len(memories) == 1:
+            axes.axhline(left, color="#999999", linewidth=1, linestyle=":", label=f"memory left beside {name}'s weights")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda tokens, _: f"{tokens / 1024:g}k" if tokens < 1 << 20 else f"{tokens / (1 << 20):g}M")
+    )
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count / 1e9:g} GB" if count >= 1e9 else f"{count / 1e6:g} MB"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("context, tokens in each sequence")
+    axes.set_ylabel("key-value cache")
+    axes.set_title(_title(reports), loc="left")
+    axes.grid(which="major", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(handles)), key=lambda i: -float(handles[i].get_ydata()[-1]))  # the order of the lines' right ends
+    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _contexts(last: int) -> list[int]:
+    """Contexts from 512 tokens to `last`, evenly spaced on a logarithmic axis."""
+    steps = range(_POINTS_PER_OCTAVE * last.bit_length())
+    points = {round(_FIRST_CONTEXT * 2 ** (step / _POINTS_PER_OCTAVE)) for step in steps}
+    return [*sorted(point for point in points if point < last), last]
+
+
+def _title(reports: Sequence[ModelPlan]) -> str:
+    precision = {str(report.kv_dtype) for report in reports}
+    batch = {report.batch for report in reports}
+    words = f"Key-value cache, {' / '.join(sorted(precision))}"
+    return words if batch == {1} else f"{words}, batch {', '.join(map(str, sorted(batch)))}"
