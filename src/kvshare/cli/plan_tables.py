@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvshare.cli.units import format_bytes, format_tokens
-from kvshare.layout import CacheLayout, LayerCache, State, Stream
+from kvshare.cli.units import format_bytes
+from kvshare.layout import KINDS, CacheLayout, LayerCache, State, Stream
 from kvshare.planner import ModelPlan
 from kvshare.planner.engines import Deployment
 
@@ -38,31 +38,46 @@ def print_report(report: ModelPlan) -> None:
 
 
 def print_comparison(reports: Sequence[ModelPlan]) -> None:
-    """Several models, one a row."""
+    """Several models side by side, as many in one table as the terminal is wide."""
     console = Console(highlight=False)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    with_memory = any(report.memory is not None for report in reports)
-    columns = ("context", "cache", "no sharing", "no windows", "neither", "B/token", "read/step", "weights")
-    for name in (*columns, *(("longest", "batch") if with_memory else ())):
-        table.add_column(name, justify="right", no_wrap=True)
-    for report in reports:
-        without = report.without
-        row = [report.model.name, format_tokens(report.context)]
-        row += [format_bytes(count) for count in (report.kv_bytes["total"], without.sharing, without.windows, without.both)]
-        row += [_per_token(report), format_bytes(report.read_bytes), format_bytes(report.weights.bytes if report.weights else None)]
-        if with_memory:
-            row += [_count(report.max_context), _count(report.max_batch)]
-        table.add_row(*row)
-    batch, precision = reports[0].batch, reports[0].kv_dtype
-    console.print(
-        Text(
-            f"{precision} cache, batch {batch}; weights {reports[0].weights.precision if reports[0].weights else 'not counted'}",
-            style="bold",
-        )
-    )
-    console.print(table)
+    first = reports[0]
+    weights = f", {first.weights.precision} weights" if first.weights else ""
+    console.print(Text(f"{first.kv_dtype} cache, batch {first.batch}{weights}", style="bold"))
+    abreast = max(1, (console.width - _LABEL_WIDTH) // _MODEL_WIDTH)
+    for start in range(0, len(reports), abreast):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("", no_wrap=True, min_width=_LABEL_WIDTH - 4)
+        for report in reports[start : start + abreast]:
+            table.add_column(report.model.name, justify="right", width=_MODEL_WIDTH - 2)
+        columns = [_column(report) for report in reports[start : start + abreast]]
+        for label in columns[0]:
+            table.add_row(label, *(column[label] for column in columns))
+        console.print(table)
     _print_warnings(console, reports)
+
+
+_LABEL_WIDTH = 26
+_MODEL_WIDTH = 15
+
+
+def _column(report: ModelPlan) -> dict[str, str]:
+    """One model's figures, by label: the same labels for every model of a comparison."""
+    split, without, weights = report.kv_bytes, report.without, report.weights
+    column = {"context, tokens": f"{report.context:,}", "cache": format_bytes(split["total"])}
+    column |= {f"  {kind}": format_bytes(split[kind]) if split[kind] else "-" for kind in KINDS if kind != "shared"}
+    column |= {
+        "without sharing": format_bytes(without.sharing),
+        "without windows": format_bytes(without.windows),
+        "without either": format_bytes(without.both),
+        "one more token": f"{_per_token(report)} B",
+        "read in a decode step": format_bytes(report.read_bytes),
+        "peak in a step": format_bytes(report.peak_bytes),
+        "weights": format_bytes(weights.bytes if weights else None),
+        "  per-layer embeddings": format_bytes(weights.per_layer_table_bytes or None if weights else None),
+    }
+    if report.memory is not None:
+        column |= {"longest context": _count(report.max_context), "largest batch": _count(report.max_batch)}
+    return column
 
 
 def print_deployment(report: ModelPlan, command: Deployment) -> None:
@@ -154,7 +169,7 @@ def _figures(report: ModelPlan) -> Table:
     table.add_row("cache", format_bytes(total), f"{total:,} bytes: " + _split(report))
     table.add_row("  without sharing", format_bytes(without.sharing), _times(without.sharing, total))
     table.add_row("  without windows", format_bytes(without.windows), _times(without.windows, total))
-    table.add_row("  without either", format_bytes(without.both), _times(without.both, total) + ", the naive figure")
+    table.add_row("  without either", format_bytes(without.both), _times(without.both, total) + " (every layer keeps every token)")
     table.add_row("one more token", f"{_per_token(report)} B", "in each sequence, once its windows are full")
     shared = any(owner != index for index, owner in enumerate(report.layout.owner))
     table.add_row("read in a decode step", format_bytes(report.read_bytes), "readers read their owner's rows again" if shared else "")
@@ -186,6 +201,8 @@ def _split(report: ModelPlan) -> str:
 
 
 def _times(count: int, total: int) -> str:
+    if count == total:
+        return "the same"
     return f"{count / total:.2f} times as much" if total else ""
 
 

@@ -48,8 +48,3 @@ def format_bytes(count: int | None) -> str:
         if count >= least:
             return f"{count / size:,.{digits}f} {unit}"
     return f"{count} B"
-
-
-def format_tokens(count: int) -> str:
-    """`128k` where it is a whole number of 1,024 tokens, else `131,000`."""
-    return f"{count >> 10}k" if count >= 1024 and count % 1024 == 0 else f"{count:,}"

@@ -79,7 +79,13 @@ def _vllm(report: ModelPlan) -> Deployment:
     )
     notes = _common_notes(report)
     words: list[str | int] = ["vllm", "serve", report.model.repository, "--max-model-len", report.context, "--max-num-seqs", report.batch]
-    words += [*precision, "--kv-cache-memory-bytes", report.peak_bytes]
+    words += precision
+    if report.memory is not None and report.weights is not None:
+        # it loads the per-layer tables too
+        left = report.memory - report.weights.bytes - report.weights.per_layer_table_bytes
+        words += ["--kv-cache-memory-bytes", max(left, report.peak_bytes)]
+        if left < report.peak_bytes:
+            notes.append("it holds the per-layer embedding tables in memory, and beside them the planned cache does not fit")
     if _shares(report):
         words.append("--kv-sharing-fast-prefill")
         notes.append("--kv-sharing-fast-prefill is off by default; with it, requests for prompt_logprobs are refused")

@@ -46,7 +46,7 @@ def resolve(model: str) -> ModelConfig:
     if model.count("/") == 1:
         return _from_hub(model)
     raise ConfigError(
-        "model", f"{model!r} is no file, directory, hub name or bundled model ({', '.join(bundled_names())}){_suggestion(model)}"
+        "model", f"{model!r} is no file, directory, hub name or bundled model{_suggestion(model)} (bundled: {', '.join(bundled_names())})"
     )
 
 

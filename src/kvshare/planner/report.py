@@ -131,9 +131,9 @@ def plan(
         sized = _weigh(count_parameters(Fields(text_config(found.config)), layout), weights)
     except ConfigError as error:
         if memory is not None:
-            raise
+            raise ConfigError("memory", f"nothing can be said about it, because the weights are not counted ({error})") from None
         sized = None
-        warnings.append(f"weights are not counted: {error}")
+        warnings.append(f"the weights are not counted ({error})")
     split = layout.bytes_by_kind(context, batch, kv_dtype)
     longest = largest = None
     if memory is not None and sized is not None:

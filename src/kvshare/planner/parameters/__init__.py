@@ -44,5 +44,5 @@ def count_parameters(fields: Fields, layout: CacheLayout) -> Parameters:
         "deepseek_v4": deepseek.count_compressed,
     }
     if layout.model_type not in counters:
-        raise ConfigError("model_type", f"the weights of {layout.model_type} are not counted, only its cache")
+        raise ConfigError("model_type", f"{layout.model_type} has no counter, only a cache layout")
     return counters[layout.model_type](fields, layout)
