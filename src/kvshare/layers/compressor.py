@@ -81,6 +81,8 @@ class Compressor(nn.Module):
         z = torch.cat([old_gate.flatten(0, 1).to(precise), gate.to(precise) + self.ape[blocks.places], nothing - torch.inf])
         step.replace_state(self.layer, f"{self.states}_kv", c[blocks.kept].view_as(old_kv))
         step.replace_state(self.layer, f"{self.states}_gate", z[blocks.kept].view_as(old_gate))
+        if not len(blocks.slots):
+            return kv.new_empty(0, 1, self.width)
         pooled = (self._pooled(z, blocks).softmax(dim=1) * self._pooled(c, blocks)).sum(dim=1)  # [entries, width]
         return blocks.rotation.interleaved(self.norm(pooled.to(kv.dtype))[:, None])
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvshare.checkpoints.weights import Source
-from kvshare.checkpoints.weights import Source
 from kvshare.layers.activations import GatedActivation
 
 
@@ -68,13 +67,3 @@ def stacked(names: tuple[str, ...], num_experts: int, otherwise: Source | None =
 
 def _stack(num_experts: int, parts: list[Tensor]) -> Tensor:
     return torch.cat(parts).unflatten(0, (num_experts, -1))
-
-
-def stacked_sources(prefix: str, num_experts: int) -> dict[str, Source]:
-    """Sources of `gate_up` and `down` where a checkpoint keeps every expert apart: `prefix.0.gate_proj.weight`, ..."""
-    gate_up = tuple(f"{prefix}.{expert}.{part}_proj.weight" for expert in range(num_experts) for part in ("gate", "up"))
-    down = tuple(f"{prefix}.{expert}.down_proj.weight" for expert in range(num_experts))
-    return {
-        "gate_up": Source(gate_up, lambda parts: torch.stack(parts).unflatten(0, (num_experts, 2)).flatten(1, 2)),
-        "down": Source(down, torch.stack),
-    }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kvshare.cache.step import Step
 
@@ -36,7 +37,8 @@ def select_rows(step: Step, layer: int, q: Tensor, weights: Tensor, top_k: int, 
     return torch.cat(chosen)
 
 
-def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:  # [tokens, heads, width], [tokens, heads], [rows, width] -> [tokens, rows]
+def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    """Scores [tokens, rows] from q [tokens, heads, width], weights [tokens, heads] and keys [rows, width]."""
     heads = torch.matmul(q.to(keys.dtype), keys.T).relu_()  # [tokens, heads, rows]
     return torch.matmul(weights.to(keys.dtype)[:, None], heads)[:, 0]
 
@@ -51,4 +53,4 @@ def best_rows(scores: Tensor, visible: Tensor, top_k: int) -> Tensor:  # [tokens
     unique = (ordered << 32) - rows  # no two are equal: an earlier row is larger
     best = unique.topk(min(top_k, len(rows)), dim=1).indices
     best = torch.where(best < visible[:, None], best, -1)
-    return torch.nn.functional.pad(best, (0, top_k - best.shape[1]), value=-1)
+    return F.pad(best, (0, top_k - best.shape[1]), value=-1)

@@ -41,6 +41,17 @@ class Rotation(NamedTuple):
             parts.append(x[..., 2 * pairs :])
         return torch.cat(parts, dim=-1)
 
+    def interleaved(self, x: Tensor) -> Tensor:  # [tokens, heads, width]
+        """Rotate pairs (2i, 2i + 1) of the last 2 * pairs numbers of each head (DeepSeek); the others pass."""
+        rotated = 2 * self.cos.shape[-1]
+        first, second = x[..., -rotated:].unflatten(-1, (-1, 2)).to(torch.promote_types(x.dtype, self.cos.dtype)).unbind(-1)
+        turned = torch.stack([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1).flatten(-2).to(x.dtype)
+        return turned if rotated == x.shape[-1] else torch.cat([x[..., :-rotated], turned], dim=-1)
+
+    def inverse(self) -> Rotation:
+        """The rotation back."""
+        return Rotation(self.cos, -self.sin)
+
     def at_rows(self, rows: Tensor) -> Rotation:
         """The rotation of some of the step's tokens."""
         return Rotation(self.cos[rows], self.sin[rows])

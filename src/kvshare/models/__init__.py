@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MODELS: Mapping[str, str] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "kvshare.models.llama:Llama"),
+    "deepseek_v4": "kvshare.models.deepseek_v4:DeepseekV4",
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), "kvshare.models.gemma4:Gemma4"),
     "laguna": "kvshare.models.laguna:Laguna",
 }

@@ -1,0 +1,52 @@
+"""Keys that need not be stored because they follow from the values: K = RoPE(V * w), with w the weight of the key norm.
+
+Gemma 4's full layers without a value projection compute raw = W x once, V = raw / rms(raw), K = RoPE(raw / rms(raw) * w). So the cache can
+hold V alone, or V and the part of K that the rotation moves: all else of K is V times w. In float32 the rebuilt keys are the very same
+numbers. In bfloat16 V was rounded before it is multiplied: a rebuilt number is at most two units in the last place away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kvshare.layers.rotary import Frequencies, Rotation
+
+
+class KeyRotations:
+    """Cosines and sines for runs of positions, kept while the layers of one step ask for the same run."""
+
+    def __init__(self, frequencies: Frequencies):
+        self.moving = int(frequencies.inverse.count_nonzero())  # pairs that the rotation moves at all; they come first
+        self._frequencies = Frequencies(frequencies.inverse[: self.moving], frequencies.factor)
+        self._last: tuple[tuple[object, ...], Rotation] | None = None
+
+    def at(self, positions: Tensor, dtype: torch.dtype) -> Rotation:  # ascending positions [rows]
+        key = (int(positions[0]), len(positions), dtype)
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._frequencies.at(positions, dtype)
+        return self._last[1]
+
+
+def rotated_part(k: Tensor, moving: int) -> Tensor:  # [rows, heads, width] -> [rows, heads, 2 * moving]
+    """The numbers of rotated keys that the rotation moved: the first `moving` of each half."""
+    half = k.shape[-1] // 2
+    return torch.cat([k[..., :moving], k[..., half : half + moving]], dim=-1)
+
+
+def rebuilt_keys(
+    rows: Mapping[str, Tensor], positions: Tensor, weight: Tensor, rotations: KeyRotations
+) -> Tensor:  # -> [rows, heads, width]
+    """Keys from the rows of "v" ([rows, heads, width]) and, where it is stored, "k_rotated" ([rows, heads, 2 * moving])."""
+    values, moving = rows["v"], rotations.moving
+    precise = torch.promote_types(values.dtype, torch.float32)
+    keys = (values.to(precise) * weight.to(precise)).to(values.dtype)
+    if not len(keys):
+        return keys
+    half = keys.shape[-1] // 2
+    moved = rows.get("k_rotated")
+    if moved is None:
+        moved = rotations.at(positions, keys.dtype).half_split(rotated_part(keys, moving))
+    return torch.cat([moved[..., :moving], keys[..., moving:half], moved[..., moving:], keys[..., half + moving :]], dim=-1)

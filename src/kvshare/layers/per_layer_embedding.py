@@ -1,0 +1,64 @@
+"""Per-layer embeddings (Gemma 3n and 4): beside the residual stream, every layer is fed a small vector of its own for each token.
+
+    p[layer] = (RMSNorm(W x / sqrt(hidden))[layer] + sqrt(width) * table[token, layer]) / sqrt(2)
+
+x is the token's scaled embedding. The table holds more numbers than the rest of the network, but a step reads only one row of it
+for each token: it stays on disk, mapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvshare.layers.linear import Linear
+from kvshare.layers.norm import RMSNorm
+
+
+def scaled_embedding(
+    tokens: Tensor, table: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:  # [tokens], [entries, width] -> [tokens, width]
+    """Rows of a table times a factor, which is rounded to `dtype` first, as the models were trained."""
+    return F.embedding(tokens, table).to(dtype) * torch.tensor(scale, dtype=torch.float32).to(dtype)
+
+
+class PerLayerEmbedding(nn.Module):
+    """The table and the projection of all layers, packed layer by layer."""
+
+    def __init__(self, entries: int, layers: int, width: int, hidden: int, eps: float):
+        super().__init__()
+        self.entries, self.layers, self.width, self.hidden = entries, layers, width, hidden
+        self.table = nn.Parameter(torch.empty(entries, layers * width))  # [entries, layers * width]
+        self.projection = Linear(hidden, layers * width)
+        self.norm = RMSNorm(width, eps)
+
+    def forward(self, tokens: Tensor, embedded: Tensor, first: int, end: int) -> PerLayerInputs:  # [tokens], [tokens, hidden]
+        """The inputs of layers `first ... end - 1`; the others cost nothing. Tokens behind the table's end (images, audio) take row 0."""
+        begin, stop = first * self.width, end * self.width
+        projected = self.projection.part(embedded, begin, stop) * self.hidden**-0.5
+        projected = self.norm(projected.unflatten(-1, (end - first, self.width)))
+        rows = torch.where(tokens < self.entries, tokens, 0)
+        looked_up = scaled_embedding(rows, self.table[:, begin:stop], self.width**0.5, embedded.dtype)
+        values = (projected + looked_up.view_as(projected)) * 2**-0.5
+        return PerLayerInputs(self, tokens, embedded, first, values)
+
+
+@dataclass(frozen=True, slots=True)
+class PerLayerInputs:
+    """What one step feeds to a run of layers."""
+
+    source: PerLayerEmbedding
+    tokens: Tensor  # [tokens]
+    embedded: Tensor  # [tokens, hidden]
+    first: int  # the layer that `values[:, 0]` is for
+    values: Tensor  # [tokens, layers, width]
+
+    def of(self, layer: int) -> Tensor:  # [tokens, width]
+        return self.values[:, layer - self.first]
+
+    def at_rows(self, rows: Tensor, layer: int) -> PerLayerInputs:
+        """The inputs of `layer` and all behind it, of some of the step's tokens."""
+        return self.source(self.tokens[rows], self.embedded[rows], layer, self.source.layers)

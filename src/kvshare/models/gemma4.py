@@ -1,0 +1,279 @@
+"""Gemma 4 (Google DeepMind 2026): E2B, E4B, 12B, 26B-A4B and 31B, text only.
+
+Sliding and full layers alternate, with heads of their own width and rotations of their own. In the E models the last layers
+read the last owner of their kind, and every layer is fed a per-layer embedding. In the others the full layers have no value projection:
+keys and values are two norms of one projection (`layers/key_from_value.py`). The 26B adds routed experts beside each dense layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvshare.cache.step import KeyRebuild, Step
+from kvshare.checkpoints.weights import Source
+from kvshare.errors import ConfigError
+from kvshare.layers.activations import geglu
+from kvshare.layers.experts import Experts
+from kvshare.layers.gated_mlp import GatedMlp
+from kvshare.layers.key_from_value import KeyRotations, rebuilt_keys, rotated_part
+from kvshare.layers.linear import Linear
+from kvshare.layers.norm import RMSNorm
+from kvshare.layers.per_layer_embedding import PerLayerEmbedding
+from kvshare.layers.rotary import Rotation
+from kvshare.layout import CacheLayout
+from kvshare.layout.config import Fields
+from kvshare.models.gemma_base import Context, GemmaModel
+
+
+@dataclass(frozen=True, slots=True)
+class Gemma4Config:
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int  # query heads, in every layer
+    eps: float
+    bias: bool  # of the attention's projections
+    key_is_value: bool  # full layers have no value projection
+    wide_readers: bool  # layers that read another's cache have twice the feed-forward width
+    per_layer_width: int  # of the per-layer embeddings; 0: there are none
+    per_layer_entries: int
+    num_experts: int  # 0: dense
+    experts_per_token: int
+    expert_width: int
+
+    @staticmethod
+    def read(config: Mapping[str, Any]) -> Gemma4Config:
+        fields = Fields(config)
+        if fields.get("use_bidirectional_attention") == "all":
+            raise ConfigError("use_bidirectional_attention", "'all' makes an encoder: it is planned, but only causal attention runs")
+        sparse = bool(fields.get("enable_moe_block", False))
+        per_layer_width = fields.integer("hidden_size_per_layer_input", 256, least=0)
+        return Gemma4Config(
+            fields.integer("hidden_size"),
+            fields.integer("intermediate_size"),
+            fields.integer("num_attention_heads"),
+            float(fields.get("rms_norm_eps", 1e-6)),
+            bias=bool(fields.get("attention_bias", False)),
+            key_is_value=bool(fields.get("attention_k_eq_v", False)),
+            wide_readers=bool(fields.get("use_double_wide_mlp", False)),
+            per_layer_width=per_layer_width,
+            per_layer_entries=fields.integer("vocab_size_per_layer_input", fields.integer("vocab_size")) if per_layer_width else 0,
+            num_experts=fields.integer("num_experts") if sparse else 0,
+            experts_per_token=fields.integer("top_k_experts") if sparse else 0,
+            expert_width=fields.integer("moe_intermediate_size") if sparse else 0,
+        )
+
+
+class Attention(nn.Module):
+    """Queries, keys and values are normed head by head; the weights of those norms take the place of 1 / sqrt(width)."""
+
+    def __init__(self, config: Gemma4Config, layout: CacheLayout, index: int, key_rotations: KeyRotations):
+        super().__init__()
+        self.index, self.key_rotations = index, key_rotations
+        streams = layout.streams_of(index)
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, streams[0].heads, streams[0].width
+        self.q_size = self.num_heads * self.head_dim
+        self.stored = {stream.name for stream in streams}
+        self.rebuild: KeyRebuild | None = None  # how the owner's keys are made, where they are not stored
+        self.q_norm = RMSNorm(self.head_dim, config.eps)
+        self.num_projections = 1  # a reader has no keys and values of its own
+        if layout.owner[index] == index:
+            self.num_projections = 2 if config.key_is_value and layout.layers[index].kind == "full" else 3
+            self.k_norm = RMSNorm(self.head_dim, config.eps)
+            self.v_norm = RMSNorm(self.head_dim, config.eps, weighted=False)
+        kv_size = (self.num_projections - 1) * self.num_kv_heads * self.head_dim
+        self.qkv = Linear(config.hidden_size, self.q_size + kv_size, config.bias)
+        self.output = Linear(self.q_size, config.hidden_size, config.bias)
+
+    def append(self, x: Tensor, rotation: Rotation, step: Step) -> Tensor | None:  # [tokens, hidden]
+        """Keys and values of every token go into the cache. Returns the queries' projection where every token goes on."""
+        start = self.q_size if step.narrows(self.index) else 0
+        projected = self.qkv.part(x, start, self.qkv.weight.shape[0])
+        q, kv = projected.split((self.q_size - start, projected.shape[-1] - self.q_size + start), dim=-1)
+        kv = kv.unflatten(-1, (-1, self.num_kv_heads, self.head_dim))  # [tokens, 1 or 2, kv_heads, head_dim]
+        rows = {"v": self.v_norm(kv[:, -1])}
+        if "k" in self.stored:
+            rows["k"] = rotation.half_split(self.k_norm(kv[:, 0]))
+        elif "k_rotated" in self.stored:
+            rows["k_rotated"] = rotated_part(rotation.half_split(self.k_norm(kv[:, 0])), self.key_rotations.moving)
+        step.append(self.index, rows)
+        return None if start else q
+
+    def keys_from(self, rows: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # -> [rows, kv_heads, head_dim]
+        """This owner's keys from what it stores: a `KeyRebuild`."""
+        return rebuilt_keys(rows, positions, self.k_norm.weight, self.key_rotations)
+
+    def forward(self, x: Tensor, q: Tensor | None, rotation: Rotation, step: Step) -> Tensor:  # [tokens, hidden]
+        q = self.qkv.part(x, 0, self.q_size) if q is None else q
+        q = rotation.half_split(self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))))
+        out = step.attend(self.index, q, scale=1.0, rebuild=self.rebuild)
+        return self.output(out.flatten(1))
+
+
+class Router(nn.Module):
+    """Scores the un-normed residual; the softmax runs over all experts, then the chosen ones are scaled to sum to 1."""
+
+    def __init__(self, config: Gemma4Config):
+        super().__init__()
+        self.experts_per_token = config.experts_per_token
+        self.norm = RMSNorm(config.hidden_size, config.eps, weighted=False)
+        self.scale = nn.Parameter(torch.empty(config.hidden_size))  # [hidden]
+        self.scores = Linear(config.hidden_size, config.num_experts)
+        self.expert_scale = nn.Parameter(torch.empty(config.num_experts))  # [experts]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [tokens, hidden] -> chosen, weights [tokens, k]
+        scores = self.scores(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
+        weights, chosen = scores.softmax(dim=-1, dtype=torch.float32).topk(self.experts_per_token, dim=-1)
+        return chosen, weights / weights.sum(dim=-1, keepdim=True) * self.expert_scale[chosen]
+
+
+class FeedForward(nn.Module):
+    """The dense layer, and in the 26B the experts beside it: both read the same residual, each through norms of its own."""
+
+    def __init__(self, config: Gemma4Config, width: int):
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.eps)
+        self.mlp = GatedMlp(config.hidden_size, width, geglu)
+        self.router = Router(config) if config.num_experts else None
+        if config.num_experts:
+            self.mlp_out_norm = RMSNorm(config.hidden_size, config.eps)
+            self.experts_norm = RMSNorm(config.hidden_size, config.eps)
+            self.experts = Experts(config.num_experts, config.hidden_size, config.expert_width, geglu)
+            self.experts_out_norm = RMSNorm(config.hidden_size, config.eps)
+
+    def forward(self, x: Tensor) -> Tensor:  # [tokens, hidden]
+        dense = self.mlp(self.norm(x))
+        if self.router is None:
+            return dense
+        chosen, weights = self.router(x)
+        routed = self.experts(self.experts_norm(x), chosen, weights)
+        return self.mlp_out_norm(dense) + self.experts_out_norm(routed)
+
+
+class PerLayerGate(nn.Module):
+    """Lets the layer's own embedding of the token into the residual, gated by the residual."""
+
+    def __init__(self, config: Gemma4Config):
+        super().__init__()
+        self.gate = Linear(config.hidden_size, config.per_layer_width)
+        self.projection = Linear(config.per_layer_width, config.hidden_size)
+        self.out_norm = RMSNorm(config.hidden_size, config.eps)
+
+    def forward(self, x: Tensor, own: Tensor) -> Tensor:  # [tokens, hidden], [tokens, per_layer_width]
+        return self.out_norm(self.projection(geglu(self.gate(x), own)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Gemma4Config, layout: CacheLayout, index: int, key_rotations: KeyRotations):
+        super().__init__()
+        self.index, self.kind, self.owns = index, layout.layers[index].kind, layout.owner[index] == index
+        self.attention_norm = RMSNorm(config.hidden_size, config.eps)
+        self.attention = Attention(config, layout, index, key_rotations)
+        self.attention_out_norm = RMSNorm(config.hidden_size, config.eps)
+        wide = 2 if config.wide_readers and not self.owns else 1
+        self.feed_forward = FeedForward(config, wide * config.intermediate_size)
+        self.feed_forward_out_norm = RMSNorm(config.hidden_size, config.eps)
+        self.per_layer = PerLayerGate(config) if config.per_layer_width else None
+        self.layer_scalar = nn.Buffer(torch.empty(1))
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:  # [tokens, hidden]
+        normed, q = self.attention_norm(x), None
+        if self.owns:
+            q = self.attention.append(normed, context.rotations[self.kind], context.step)
+        if context.step.narrows(self.index):
+            kept, context = context.step.rows_kept, context.narrowed(self.index)
+            x, normed = x[kept], normed[kept]
+            if not len(x):
+                return x, context
+        x = x + self.attention_out_norm(self.attention(normed, q, context.rotations[self.kind], context.step))
+        x = x + self.feed_forward_out_norm(self.feed_forward(x))
+        if self.per_layer is not None and context.inputs is not None:
+            x = x + self.per_layer(x, context.inputs.of(self.index))
+        return x * self.layer_scalar, context
+
+
+class Gemma4(GemmaModel):
+    memory_mapped = frozenset({"per_layer.table"})
+
+    def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
+        super().__init__(config, layout)
+        self.config = Gemma4Config.read(config)
+        width, count = self.config.per_layer_width, len(layout.layers)
+        key_rotations = KeyRotations(self.frequencies["full"])
+        self.blocks = nn.ModuleList(Block(self.config, layout, index, key_rotations) for index in range(count))
+        for index, owner in enumerate(layout.owner):
+            if "k" not in self.blocks[owner].attention.stored:
+                self.blocks[index].attention.rebuild = self.blocks[owner].attention.keys_from
+        entries, hidden, eps = self.config.per_layer_entries, self.config.hidden_size, self.config.eps
+        self.per_layer = PerLayerEmbedding(entries, count, width, hidden, eps) if width else None
+
+    def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
+        x = self.embed(tokens)
+        inputs = None
+        if self.per_layer is not None:  # the last owner needs them only for the rows that go on
+            last = self.layout.tail - 1
+            inputs = self.per_layer(tokens, x, 0, last if step.narrows(last) else len(self.blocks))
+        context = self.context(step, x.dtype, inputs)
+        for block in self.blocks:
+            x, context = block(x, context)
+            if not len(x):  # a chunk inside a prompt: nobody asked for its logits
+                break
+        return self.norm(x)
+
+    def weight_sources(self) -> dict[str, Source]:
+        sources = self.base_sources()
+        if self.per_layer is not None:
+            sources |= {f"per_layer.{name}": Source((source,)) for name, source in _PER_LAYER_NAMES.items()}
+        for name in self.blocks.state_dict():
+            index, part = name.split(".", 1)
+            sources[f"blocks.{name}"] = Source(tuple(f"model.layers.{index}.{each}" for each in self._names(int(index), part)))
+        return sources
+
+    def _names(self, index: int, part: str) -> tuple[str, ...]:
+        """The names in a layer of the tensors that make up one parameter of its block."""
+        if part in _BLOCK_NAMES:
+            return (_BLOCK_NAMES[part],)
+        module, kind = part.rsplit(".", 1)
+        names = _MODULE_NAMES[module]
+        if module == "attention.qkv":
+            names = names[: self.blocks[index].attention.num_projections]
+        return tuple(f"{each}.{kind}" for each in names)
+
+
+_PER_LAYER_NAMES = {
+    "table": "model.embed_tokens_per_layer.weight",
+    "projection.weight": "model.per_layer_model_projection.weight",
+    "norm.weight": "model.per_layer_projection_norm.weight",
+}
+
+_BLOCK_NAMES = {
+    "layer_scalar": "layer_scalar",
+    "feed_forward.router.scale": "router.scale",
+    "feed_forward.router.expert_scale": "router.per_expert_scale",
+    "feed_forward.experts.gate_up": "experts.gate_up_proj",
+    "feed_forward.experts.down": "experts.down_proj",
+}
+
+_MODULE_NAMES = {
+    "attention_norm": ("input_layernorm",),
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.q_norm": ("self_attn.q_norm",),
+    "attention.k_norm": ("self_attn.k_norm",),
+    "attention.output": ("self_attn.o_proj",),
+    "attention_out_norm": ("post_attention_layernorm",),
+    "feed_forward.norm": ("pre_feedforward_layernorm",),
+    "feed_forward.mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "feed_forward.mlp.down": ("mlp.down_proj",),
+    "feed_forward.router.scores": ("router.proj",),
+    "feed_forward.mlp_out_norm": ("post_feedforward_layernorm_1",),
+    "feed_forward.experts_norm": ("pre_feedforward_layernorm_2",),
+    "feed_forward.experts_out_norm": ("post_feedforward_layernorm_2",),
+    "feed_forward_out_norm": ("post_feedforward_layernorm",),
+    "per_layer.gate": ("per_layer_input_gate",),
+    "per_layer.projection": ("per_layer_projection",),
+    "per_layer.out_norm": ("post_per_layer_input_norm",),
+}

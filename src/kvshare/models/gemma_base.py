@@ -1,0 +1,95 @@
+"""What Gemma 3, 3n and 4 have in common: scaled embeddings, a rotation for each kind of layer, a soft cap on the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvshare.cache.step import Step
+from kvshare.checkpoints.weights import Source
+from kvshare.errors import ConfigError
+from kvshare.layers.linear import Linear
+from kvshare.layers.norm import RMSNorm
+from kvshare.layers.per_layer_embedding import PerLayerInputs, scaled_embedding
+from kvshare.layers.rotary import Frequencies, Rotation, frequencies
+from kvshare.layout import CacheLayout
+from kvshare.layout.config import Fields
+from kvshare.models.model import Model
+
+_LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What goes along with the hidden rows through the layers of one step."""
+
+    step: Step
+    rotations: Mapping[str, Rotation]  # by kind of layer: "sliding", "full"
+    inputs: PerLayerInputs | None = None
+
+    def narrowed(self, layer: int) -> Context:
+        """The same for the rows that go on behind `layer`'s append."""
+        rows = self.step.rows_kept
+        rotations = {kind: rotation.at_rows(rows) for kind, rotation in self.rotations.items()}
+        inputs = None if self.inputs is None else self.inputs.at_rows(rows, layer)
+        return replace(self, step=self.step.tail(), rotations=rotations, inputs=inputs)
+
+
+def rope_by_kind(fields: Fields) -> dict[str, Mapping[str, Any]]:
+    """Rope parameters of sliding and full layers, from `rope_parameters` or from the older fields.
+
+    Older configs keep `rope_theta` and `rope_scaling` for the full layers, `rope_local_base_freq` for the sliding ones.
+    """
+    given = fields.mapping("rope_parameters")
+    scaling = fields.mapping("rope_scaling")
+    full = given.get("full_attention") or {"rope_theta": fields.get("rope_theta", _GLOBAL_THETA), **scaling}
+    sliding = given.get("sliding_attention") or {"rope_theta": fields.get("rope_local_base_freq", _LOCAL_THETA)}
+    return {"full": full, "sliding": sliding}
+
+
+def check_activation(fields: Fields) -> None:
+    """Raise `ConfigError` unless the feed-forward layers use the tanh form of GELU, as every released Gemma does."""
+    name = fields.get("hidden_activation", "gelu_pytorch_tanh")
+    if name != "gelu_pytorch_tanh":
+        raise ConfigError("hidden_activation", f"{name!r}: Gemma models run with gelu_pytorch_tanh only")
+
+
+class GemmaModel(Model):
+    """Embedding, final norm and head; families add their blocks."""
+
+    def __init__(self, config: Mapping[str, Any], layout: CacheLayout, norm_offset: float = 0.0):
+        super().__init__()
+        fields = Fields(config)
+        check_activation(fields)
+        self.layout, self.vocab_size = layout, fields.integer("vocab_size")
+        self.hidden_size = fields.integer("hidden_size")
+        cap = fields.get("final_logit_softcapping")
+        self.softcap = None if cap is None else float(cap)
+        self.embedding = nn.Parameter(torch.empty(self.vocab_size, self.hidden_size))  # [vocab_size, hidden]
+        self.norm = RMSNorm(self.hidden_size, float(fields.get("rms_norm_eps", 1e-6)), offset=norm_offset)
+        self.head = None if fields.get("tie_word_embeddings", True) else Linear(self.hidden_size, self.vocab_size)
+        rope = rope_by_kind(fields)
+        widths = {layer.kind: layout.streams_of(index)[0].width for index, layer in enumerate(layout.layers)}
+        self.frequencies: dict[str, Frequencies] = {kind: frequencies(rope[kind], width) for kind, width in widths.items()}
+
+    def embed(self, tokens: Tensor) -> Tensor:  # [tokens] -> [tokens, hidden]
+        return scaled_embedding(tokens, self.embedding, self.hidden_size**0.5, self.embedding.dtype)
+
+    def context(self, step: Step, dtype: torch.dtype, inputs: PerLayerInputs | None = None) -> Context:
+        return Context(step, {kind: table.at(step.positions, dtype) for kind, table in self.frequencies.items()}, inputs)
+
+    def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
+        scores = F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
+
+    def base_sources(self) -> dict[str, Source]:
+        """Where the parameters outside the blocks come from."""
+        sources = {"embedding": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
+        if self.head is not None:
+            sources["head.weight"] = Source(("lm_head.weight",))
+        return sources
