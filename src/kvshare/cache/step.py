@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ KeyRebuild = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """For layers that store no whole keys: rows by stream ([rows, heads, width] each), their positions [rows] -> keys [rows, heads, width]."""
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Span:
     """The queries of one sequence: rows `start:end` of the flat batch, at ascending positions `first ... last`."""
 
     start: int
@@ -64,8 +65,10 @@ class Step(ABC):
         self.positions = torch.cat(ranges)  # [tokens]
         starts = [sum(self.counts[:s]) for s in range(len(self.counts))]
         self.spans = tuple(Span(a, a + n, t, t + n - 1) for a, n, t in zip(starts, self.counts, self.past, strict=True))
-        all_rows = reader_rows is None or len(reader_rows) == len(self.positions)
-        self._kept = None if all_rows else torch.tensor(list(reader_rows), dtype=torch.long, device=device)  # [rows kept]
+        if reader_rows is None or len(reader_rows) == len(self.positions):
+            self._kept = None
+        else:
+            self._kept = torch.tensor(list(reader_rows), dtype=torch.long, device=device)  # [rows kept]
         self._is_tail = False
         self._masks: dict[tuple[object, ...], Tensor] = {}
 
@@ -193,13 +196,14 @@ class Step(ABC):
         if len(streams) == 1 and not selects and span.count > 1 and _is_causal(streams[0], limits[streams[0].name][0], span):
             causal = True
         elif span.count > 1 or selects:
-            masks = [self._mask(stream, *limits[stream.name], span, q, chosen) for stream in streams]
+            masks = [self._mask(stream, limits[stream.name], span, q, chosen) for stream in streams]
             mask = masks[0] if len(masks) == 1 else torch.cat(masks, dim=1)
         k, v = _keys_and_values(layer, read, limits, rebuild, q)
         return k, v, mask, causal
 
-    def _mask(self, stream: Stream, first: int, end: int, span: Span, q: Tensor, chosen: Tensor | None) -> Tensor:
-        """What hides rows `first:end` of a stream from the queries: an additive mask [queries, rows] in q's dtype."""
+    def _mask(self, stream: Stream, limits: tuple[int, int], span: Span, q: Tensor, chosen: Tensor | None) -> Tensor:
+        """What hides rows of a stream (`limits`: first, end) from the queries: an additive mask [queries, rows] in q's dtype."""
+        first, end = limits
         key = (span, first, end, stream.tokens_per_row, stream.window, q.dtype)
         chosen = chosen if stream.top_k else None
         if chosen is None and key in self._masks:
