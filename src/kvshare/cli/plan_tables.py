@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvshare.cli.units import format_bytes
+from kvshare.cli.units import format_bytes, format_count
 from kvshare.layout import KINDS, CacheLayout, LayerCache, State, Stream
 from kvshare.planner import ModelPlan
 from kvshare.planner.engines import Deployment
@@ -43,12 +43,13 @@ def print_comparison(reports: Sequence[ModelPlan]) -> None:
     first = reports[0]
     weights = f", {first.weights.precision} weights" if first.weights else ""
     console.print(Text(f"{first.kv_dtype} cache, batch {first.batch}{weights}", style="bold"))
-    abreast = max(1, (console.width - _LABEL_WIDTH) // _MODEL_WIDTH)
+    width = max(_FIGURE_WIDTH, *(len(report.model.name) for report in reports))
+    abreast = max(1, (console.width - _LABEL_WIDTH) // (width + 2))
     for start in range(0, len(reports), abreast):
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("", no_wrap=True, min_width=_LABEL_WIDTH - 4)
         for report in reports[start : start + abreast]:
-            table.add_column(report.model.name, justify="right", width=_MODEL_WIDTH - 2)
+            table.add_column(report.model.name, justify="right", width=width)
         columns = [_column(report) for report in reports[start : start + abreast]]
         for label in columns[0]:
             table.add_row(label, *(column[label] for column in columns))
@@ -57,7 +58,7 @@ def print_comparison(reports: Sequence[ModelPlan]) -> None:
 
 
 _LABEL_WIDTH = 26
-_MODEL_WIDTH = 15
+_FIGURE_WIDTH = 12
 
 
 def _column(report: ModelPlan) -> dict[str, str]:
@@ -182,10 +183,10 @@ def _figures(report: ModelPlan) -> Table:
     if report.weights is not None:
         count = report.weights.parameters
         table.add_row(
-            f"weights, {report.weights.precision}", format_bytes(report.weights.bytes), f"{count.resident / 1e9:.2f} billion parameters"
+            f"weights, {report.weights.precision}", format_bytes(report.weights.bytes), f"{format_count(count.resident)} parameters"
         )
         if count.per_layer_tables:
-            remark = f"{count.per_layer_tables / 1e9:.2f} billion parameters that can stay on disk, not counted above"
+            remark = f"{format_count(count.per_layer_tables)} parameters that can stay on disk, not counted above"
             table.add_row("  per-layer embeddings", format_bytes(report.weights.per_layer_table_bytes), remark)
     if report.memory is not None:
         table.add_row("memory", format_bytes(report.memory), "weights and peak fit" if report.fits else "weights and peak do not fit")

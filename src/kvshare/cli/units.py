@@ -40,6 +40,11 @@ def _parse(text: str, units: dict[str, int], what: str, examples: str) -> int:
     return value.numerator
 
 
+def format_count(count: int) -> str:
+    """`2.28 billion`, `7.6 million`."""
+    return f"{count / 1e9:,.2f} billion" if count >= 10**8 else f"{count / 1e6:,.1f} million"
+
+
 def format_bytes(count: int | None) -> str:
     """`0.812 GB`, `6.29 MB`, `896 B`: GB is 10^9 bytes."""
     if count is None:

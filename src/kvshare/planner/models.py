@@ -34,38 +34,43 @@ def bundled_names() -> list[str]:
 def resolve(model: str) -> ModelConfig:
     """The config that `model` names. Raises `ConfigError` (field `model`) with the nearest bundled names where there is none."""
     path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        return _from_gguf(path)
     if path.exists():
-        return ModelConfig(_name_of(path), read_config(path), str(path), model)
+        return _from_path(path, _name_of(path))
     bundled = {name.casefold(): name for name in bundled_names()}
     if model.casefold() in bundled:
         return _bundled(bundled[model.casefold()])
-    if path.suffix == ".json" or model.startswith((".", "/", "~")):
+    if path.suffix in (".json", ".gguf") or model.startswith((".", "/", "~")):
         raise ConfigError("model", f"{model} does not exist")
     if model.count("/") == 1:
         return _from_hub(model)
-    raise ConfigError(
-        "model", f"{model!r} is no file, directory, hub name or bundled model{_suggestion(model)} (bundled: {', '.join(bundled_names())})"
-    )
+    from kvshare.checkpoints.resolve import DEMO, PACKAGES, locate
+
+    if model in (DEMO, *PACKAGES):
+        return _from_path(locate(model), model)
+    names = ", ".join((*bundled_names(), DEMO, *PACKAGES))
+    raise ConfigError("model", f"{model!r} is no file, directory, hub name or known model{_suggestion(model)} (known: {names})")
 
 
 def _name_of(path: Path) -> str:
-    directory = path if path.is_dir() else path.parent
-    return directory.resolve().name if path.is_dir() or path.name == "config.json" else path.stem
+    """A directory's name, also for the config.json in it; else the file's name without its suffix."""
+    if path.is_dir() or path.name == "config.json":
+        return (path if path.is_dir() else path.parent).resolve().name
+    return path.stem
+
+
+def _from_path(path: Path, name: str) -> ModelConfig:
+    if path.is_dir() and not (path / "config.json").exists():
+        path = next(iter(sorted(path.glob("*.gguf"))), path)
+    if path.suffix != ".gguf":
+        return ModelConfig(name, read_config(path), str(path), str(path))
+    from kvshare.checkpoints.gguf_config import config_from_gguf
+
+    return ModelConfig(name, config_from_gguf(path), f"metadata of {path}", str(path))
 
 
 def _bundled(name: str) -> ModelConfig:
     config = json.loads((_CONFIGS / f"{name}.json").read_text())
     return ModelConfig(name, config, config["_source"], config["_repository"])
-
-
-def _from_gguf(path: Path) -> ModelConfig:
-    if not path.is_file():
-        raise ConfigError("model", f"{path} does not exist")
-    from kvshare.checkpoints.gguf_config import config_from_gguf
-
-    return ModelConfig(path.stem, config_from_gguf(path), f"metadata of {path}", str(path))
 
 
 def _from_hub(repository: str) -> ModelConfig:

@@ -36,11 +36,10 @@ def save_plot(reports: Sequence[ModelPlan], path: Path) -> None:
         if len(reports) == 1:
             naive = report.layout.without_sharing().without_windows()
             values = [naive.bytes(tokens, report.batch, report.kv_dtype) for tokens in contexts]
-            axes.plot(contexts, values, color="#999999", linestyle="--", linewidth=1.5, label="every layer keeps every token")
-    memories = {(report.memory - report.weights.bytes, report.model.name) for report in reports if report.memory and report.weights}
-    for left, name in sorted(memories):
-        if left > 0 and len(memories) == 1:
-            axes.axhline(left, color="#999999", linewidth=1, linestyle=":", label=f"memory left beside {name}'s weights")
+            axes.plot(contexts, values, color="#999999", linestyle="--", linewidth=1.5, label="no sharing, no windows")
+    left = {report.memory - report.weights.bytes for report in reports if report.memory is not None and report.weights is not None}
+    if len(left) == 1 and (rest := left.pop()) > 0:  # of several models each would have a line of its own
+        axes.axhline(rest, color="#999999", linewidth=1, linestyle=":", label="memory beside the weights")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
