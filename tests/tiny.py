@@ -33,7 +33,7 @@ def model(seed: int = 0) -> Llama:
     tiny = Llama(CONFIG, layout()).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in tiny.named_parameters():
+        for parameter in tiny.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else noise * parameter.shape[-1] ** -0.5)
     return tiny

@@ -23,7 +23,8 @@ STREAMS = st.builds(
 @st.composite
 def layouts(draw: st.DrawFn) -> CacheLayout:
     owners = draw(st.lists(STREAMS, min_size=1, max_size=4))
-    layers = [LayerCache("any", i, (stream,), draw(st.sampled_from([(), (State("s", (3, 700), "fp32"),)]))) for i, stream in enumerate(owners)]
+    states = st.sampled_from([(), (State("s", (3, 700), "fp32"),)])
+    layers = [LayerCache("any", i, (stream,), draw(states)) for i, stream in enumerate(owners)]
     readers = draw(st.lists(st.integers(0, len(owners) - 1), max_size=3))
     return CacheLayout((*layers, *(LayerCache("any", owner) for owner in readers)))
 

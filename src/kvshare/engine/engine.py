@@ -88,9 +88,12 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
-        """One forward pass over whatever the scheduler picked. Updates come in no particular order."""
-        updates = []
-        for sequence, logits in self.runner.run(self.scheduler.schedule()):
+        """One forward pass over whatever the scheduler picked, nothing if nothing waits. Updates come in no particular order."""
+        updates: list[Update] = []
+        batch = self.scheduler.schedule()
+        if not batch:
+            return updates
+        for sequence, logits in self.runner.run(batch):
             if not sequence.output.token_ids and not sequence.output.index:
                 for child in self._fork_completions(sequence):
                     updates += self._advance(child, logits.clone())

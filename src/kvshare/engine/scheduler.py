@@ -21,7 +21,7 @@ class Scheduler:
         self.num_preemptions = 0
 
     def schedule(self) -> list[tuple[Sequence, int]]:
-        """The next step's sequences with their token counts, pages reserved. Empty only when nothing waits or runs."""
+        """The next step's sequences with their token counts, pages reserved."""
         budget, planned = self.chunk, dict[Sequence, int]()
         for sequence in sorted(self.running, key=lambda s: s.num_uncached > 1):
             count = min(sequence.num_uncached, budget)
