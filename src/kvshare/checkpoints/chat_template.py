@@ -48,7 +48,8 @@ def _ask(request: str, seconds: float) -> dict[str, str]:
     """One line to the worker, one line back. A worker that is late or dies is gone for good; the next request starts another."""
     with _lock:
         worker = _running_worker()
-        assert worker.stdin is not None and worker.stdout is not None
+        assert worker.stdin is not None
+        assert worker.stdout is not None
         timer = threading.Timer(seconds, worker.kill)
         timer.start()
         line = ""

@@ -86,7 +86,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The eight scales and minima of a Q4_K or Q5_K block: 6-bit integers in twelve bytes, times two 16-bit floats."""  # -> 2 x [blocks, 8, 1]
+    """Scales and minima of a Q4_K or Q5_K block: 6-bit integers in twelve bytes, times two 16-bit floats."""  # -> 2 x [blocks, 8, 1]
     first, second, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = torch.cat((first & 0x3F, (rest & 0x0F) | (first >> 2) & 0x30), dim=-1)
     minima = torch.cat((second & 0x3F, (rest >> 4) | (second >> 2) & 0x30), dim=-1)

@@ -15,7 +15,7 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 def config_from_gguf(path: str | Path) -> dict[str, Any]:
-    """The config of the language model in a GGUF file. Raises `CheckpointError` for a broken file, `ConfigError` for one that is not known."""
+    """The config of the language model in a GGUF file. Raises `CheckpointError` for a broken file, `ConfigError` for an unknown model."""
     return config_from_header(read_header(path))
 
 
@@ -191,7 +191,11 @@ def _gemma4(keys: _Keys) -> dict[str, Any]:
         "final_logit_softcapping": keys.get("final_logit_softcapping"),
         "hidden_activation": "gelu_pytorch_tanh",
         "rope_parameters": {
-            _FULL: {"rope_type": "proportional", "rope_theta": keys.get("rope.freq_base", 1e6), "partial_rotary_factor": _moving_share(keys)},
+            _FULL: {
+                "rope_type": "proportional",
+                "rope_theta": keys.get("rope.freq_base", 1e6),
+                "partial_rotary_factor": _moving_share(keys),
+            },
             _SLIDING: _sliding_rope(keys),
         },
     }
@@ -247,7 +251,7 @@ def _moving_share(keys: _Keys) -> float:
 def _llama3(keys: _Keys, theta: float) -> dict[str, Any]:
     """Llama 3.1's stretching, whose parameters the file holds only as the divisors that follow from them.
 
-    All its models share the bounds 1 and 4 and the original context; the factor is the largest divisor. What these do not explain is refused.
+    All its models share the bounds 1 and 4 and the original context; the factor is the largest divisor. Anything else is refused.
     """
     divisors = _rope_divisors(keys)
     factor, low, high, original = max(divisors), 1.0, 4.0, 8192

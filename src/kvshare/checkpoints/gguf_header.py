@@ -72,7 +72,7 @@ class GGUFHeader:
 
 
 def read_header(path: str | Path) -> GGUFHeader:
-    """The checked header of a GGUF file. Raises `CheckpointError` for one that is truncated, lies about its contents, or is something else."""
+    """The checked header of a GGUF file. Raises `CheckpointError` for a file that is truncated, lies about its contents, or is no GGUF."""
     path = Path(path)
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -183,10 +183,12 @@ def _announcement(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 def _checked(cursor: _Cursor, name: str, shape: tuple[int, ...], type_number: int, offset: int, alignment: int) -> TensorInfo:
     if type_number not in BLOCK_TYPES:
         loads = ", ".join(each.name for each in BLOCK_TYPES.values())
-        raise CheckpointError(f"{cursor.path}: the tensor {name!r} is stored as {_type_name(type_number)}, which does not load; what loads: {loads}")
+        raise CheckpointError(
+            f"{cursor.path}: the tensor {name!r} is stored as {_type_name(type_number)}, which does not load; what loads: {loads}"
+        )
     form = BLOCK_TYPES[type_number]
     numbers = prod(shape)
-    if not numbers or shape and shape[-1] % form.block_size:
+    if not numbers or (shape and shape[-1] % form.block_size):
         raise cursor.fail(f"the tensor {name!r} of shape {list(shape)} cannot be cut in rows of {form.name} blocks of {form.block_size}")
     num_bytes = numbers // form.block_size * form.block_bytes
     if offset % alignment or offset + num_bytes > cursor.size:

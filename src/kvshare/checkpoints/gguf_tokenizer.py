@@ -20,6 +20,7 @@ from kvshare.errors import CheckpointError
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece spells a space
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # the file's words and Hugging Face's
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_LONGEST_TOKEN = 512  # characters; cutting tokens in two costs the square of their length
 
 
 class TokenType(IntEnum):
@@ -32,23 +33,27 @@ class TokenType(IntEnum):
 
 
 def tokenizer_from_metadata(metadata: Mapping[str, Any], config: Mapping[str, Any], origin: str) -> Tokenizer:
-    """The tokenizer of a GGUF file's metadata. Raises `CheckpointError` for kinds that are not known and tables that do not fit each other."""
+    """The tokenizer of a GGUF file's metadata. Raises `CheckpointError` for unknown kinds and for tables that do not fit each other."""
     keys = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}
-    kind, tokens = keys.get("model"), keys.get("tokens")
+    kind, tokens = str(keys.get("model")), keys.get("tokens")
     if kind not in _KINDS:
         raise CheckpointError(f"{origin}: tokenizer of the kind {kind!r}; what loads: {', '.join(_KINDS)}")
-    if not isinstance(tokens, list) or len(set(tokens)) != len(tokens):
-        raise CheckpointError(f"{origin}: its vocabulary is missing or names a token twice")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) and len(token) <= _LONGEST_TOKEN for token in tokens):
+        raise CheckpointError(f"{origin}: its vocabulary is missing or holds a token of more than {_LONGEST_TOKEN} characters")
+    if len(set(tokens)) != len(tokens):
+        raise CheckpointError(f"{origin}: its vocabulary names a token twice")
     types = keys.get("token_type", [TokenType.NORMAL] * len(tokens))
     if len(types) != len(tokens) or len(tokens) > config["vocab_size"]:
-        raise CheckpointError(f"{origin}: {len(tokens)} tokens, {len(types)} token types and {config['vocab_size']} embeddings do not fit together")
+        raise CheckpointError(
+            f"{origin}: {len(tokens)} tokens, {len(types)} token types and {config['vocab_size']} embeddings do not fit together"
+        )
     try:
         fast = _KINDS[kind](keys, tokens, types)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except Exception as error:  # the library raises bare Exception where tables contradict each other
         raise CheckpointError(f"{origin}: its tokenizer cannot be built: {error}") from None
     template = metadata.get("tokenizer.chat_template")
     named = {role: keys.get(f"{word}_token_id") for word, role in _ROLES.items()}
-    known = {f"{role}_token": tokens[at] for role, at in named.items() if isinstance(at, int) and at < len(tokens)}
+    known = {f"{role}_token": tokens[at] for role, at in named.items() if isinstance(at, int) and 0 <= at < len(tokens)}
     ends = [keys[key] for key in _ENDS if isinstance(keys.get(key), int)]
     return Tokenizer(fast, known, ends, template if isinstance(template, str) else None, _adds_bos(keys, config), config["vocab_size"])
 
@@ -60,7 +65,7 @@ def _adds_bos(keys: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 
 
 def _byte_level(keys: Mapping[str, Any], tokens: list[str], types: Sequence[int]) -> FastTokenizer:
-    name = keys.get("pre")
+    name = str(keys.get("pre"))
     if name not in _CUTS:
         raise ValueError(f"text is cut by the unknown rule {name!r} (tokenizer.ggml.pre); known are {', '.join(_CUTS)}")
     fast = FastTokenizer(BPE(_ids(tokens), _merges(keys), ignore_merges=name == "llama-bpe"))
@@ -75,7 +80,9 @@ def _sentence_piece(keys: Mapping[str, Any], tokens: list[str], types: Sequence[
     tokens = [token.replace(SPACE, " ") if kind == TokenType.USER_DEFINED else token for token, kind in zip(tokens, types, strict=True)]
     merges = _merges(keys) if "merges" in keys else merges_from_scores(tokens, keys["scores"], types)
     unknown = keys.get("unknown_token_id")
-    fast = FastTokenizer(BPE(_ids(tokens), merges, unk_token=tokens[unknown] if unknown is not None else None, fuse_unk=True, byte_fallback=True))
+    fast = FastTokenizer(
+        BPE(_ids(tokens), merges, unk_token=tokens[unknown] if unknown is not None else None, fuse_unk=True, byte_fallback=True)
+    )
     spaces = normalizers.Replace(" ", SPACE)
     back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if keys.get("add_space_prefix", True):
@@ -95,7 +102,7 @@ def merges_from_scores(tokens: Sequence[str], scores: Sequence[float], types: Se
     if len(scores) != len(tokens):
         raise ValueError(f"{len(scores)} scores for {len(tokens)} tokens")
     ids = {token: at for at, token in enumerate(tokens) if types[at] == TokenType.NORMAL}
-    found = []
+    found: list[tuple[float, int, int]] = []
     for token, at in ids.items():
         for cut in range(1, len(token)):
             left = ids.get(token[:cut])
@@ -146,6 +153,10 @@ def _merges(keys: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _with_added(fast: FastTokenizer, tokens: Sequence[str], types: Sequence[int]) -> FastTokenizer:
     """Control tokens and user-defined ones are matched in the text before anything else; decoding leaves out the former."""
-    fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL])
-    fast.add_tokens([AddedToken(token, normalized=False) for token, kind in zip(tokens, types, strict=True) if kind == TokenType.USER_DEFINED])
+    fast.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL]
+    )
+    fast.add_tokens(
+        [AddedToken(token, normalized=False) for token, kind in zip(tokens, types, strict=True) if kind == TokenType.USER_DEFINED]
+    )
     return fast

@@ -9,7 +9,7 @@ _MOST_BYTES = 4  # of one character in UTF-8
 
 
 class IncrementalDecoder:
-    """Pieces that joined give the decoded whole. `decode` maps ids to text; what it gives for the last few ids must not depend on those long before."""
+    """Pieces that joined give the decoded whole. `decode` maps ids to text; the text of an id may depend on the few ids before it."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]):
         self._decode = decode

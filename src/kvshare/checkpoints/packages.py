@@ -47,7 +47,7 @@ PACKAGES: Mapping[str, WeightPackage] = {
 def packaged_file(name: str) -> Path:
     """The GGUF file of the package behind `name`, joined in the user's cache where it comes in parts.
 
-    Raises `CheckpointError` where the package is not installed (with the command that installs it) or its parts do not give the file they should.
+    Raises `CheckpointError` where the package is not installed (with the command that installs it) or its parts do not give the right file.
     """
     package = PACKAGES[name]
     parts = [_file_of(owner, file, package) for owner, file in package.parts]
@@ -62,7 +62,7 @@ def cache_directory() -> Path:
 
 
 def join(parts: list[Path], target: Path, digest: str) -> Path:
-    """`parts` one after the other in `target`, made once: the file appears under its name only when it is whole and its SHA-256 is `digest`."""
+    """`parts` one after the other in `target`, made once: the file has its name only when it is whole and its SHA-256 is `digest`."""
     total = sum(part.stat().st_size for part in parts)
     if target.exists() and target.stat().st_size == total:
         return target

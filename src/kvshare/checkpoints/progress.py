@@ -7,19 +7,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes there are."""
+"""Called with what is done and what there is, in bytes or tokens."""
 
 PATIENCE_SECONDS = 2.0
 
 
 @contextmanager
-def progress_bar(title: str, patience: float = PATIENCE_SECONDS) -> Iterator[Progress]:
-    """A `Progress` that draws a bar on standard error, once `patience` seconds have passed and where that is a terminal."""
+def progress_bar(title: str, patience: float = PATIENCE_SECONDS, unit: str = "bytes") -> Iterator[Progress]:
+    """A `Progress` that draws a bar on standard error, once `patience` seconds have passed and where that is a terminal.
+
+    Numbers are bytes, shown as sizes and a speed, or are followed by `unit`.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    if unit == "bytes":
+        amount = (DownloadColumn(), TransferSpeedColumn())
+    else:
+        amount = (TextColumn(f"{{task.completed:,}} of {{task.total:,}} {unit}"),)
+    columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
     bar = Bar(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(title, total=None)
     begun = time.monotonic()
@@ -32,4 +39,5 @@ def progress_bar(title: str, patience: float = PATIENCE_SECONDS) -> Iterator[Pro
     try:
         yield update
     finally:
-        bar.stop()
+        if bar.live.is_started:  # a bar that never was would end with an empty line
+            bar.stop()

@@ -23,7 +23,7 @@ PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8"
 
 
 def open_quantized(checkpoint: Checkpoint, quantization: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint behind the reader for its `quant_method`. Raises `CheckpointError`, with the list of what loads, where there is none."""
+    """The checkpoint behind the reader for its `quant_method`. Raises `CheckpointError` with the list of what loads where there is none."""
     method = str(quantization.get("quant_method") or "unnamed")
     form = quantization.get("format")
     if method not in READERS:

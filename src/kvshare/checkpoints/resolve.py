@@ -76,7 +76,10 @@ def _fetch(name: str, revision: str | None) -> Path:
     except RevisionNotFoundError:
         problem = f"has no revision {revision!r}"
     except LocalEntryNotFoundError:
-        problem = "is not in the local cache and the hub cannot be reached (HF_HUB_OFFLINE is set, or there is no network): copy its directory here and give the path"
+        problem = (
+            "is not in the local cache and the hub cannot be reached (HF_HUB_OFFLINE is set, or there is no network): "
+            "copy its directory to this machine and give its path"
+        )
     except OSError as error:
         problem = f"could not be fetched: {error}"
     raise CheckpointError(f"{name} {problem}")

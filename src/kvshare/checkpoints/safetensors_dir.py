@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +45,7 @@ class SafetensorsDirectory:
     def __init__(self, path: Path):
         self.path = path
         self.config: dict[str, Any] = text_config(read_config(path))
+        self.generation_config: dict[str, Any] = read_json(path / "generation_config.json")
         self._shard_of = _shards(path)
         self._files = {file: _open(path / file) for file in sorted(set(self._shard_of.values()))}
         self._check_index()
@@ -55,10 +55,6 @@ class SafetensorsDirectory:
     def origin(self) -> str:
         files = len(self._files)
         return f"{self.path} ({next(iter(self._files)) if files == 1 else f'{files} safetensors files'})"
-
-    @cached_property
-    def generation_config(self) -> dict[str, Any]:
-        return read_json(self.path / "generation_config.json")
 
     def names(self) -> frozenset[str]:
         return frozenset(self._file_names)
@@ -91,7 +87,8 @@ class SafetensorsDirectory:
         odd = {self.dtype(name) for name in self._file_names} - PLAIN_DTYPES
         if odd:
             raise CheckpointError(
-                f"{self.origin}: holds {', '.join(sorted(odd))} tensors, but config.json has no quantization_config that says how to read them"
+                f"{self.origin}: holds {', '.join(sorted(odd))} tensors, "
+                "but config.json has no quantization_config that says how to read them"
             )
 
     def _file_name(self, name: str) -> str:
@@ -155,7 +152,7 @@ def _shards(path: Path) -> dict[str, str]:
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{path}: only pickled weights ({pickles[0]}), which can run code when they are read and are refused. Convert them on a machine "
-            "you can lose, with safetensors.torch.save_file, or take the repository's safetensors revision"
+            f"{path}: only pickled weights ({pickles[0]}), which can run code when they are read and are refused. "
+            "Take a revision with safetensors, or convert them in a throw-away machine with safetensors.torch.save_file"
         )
     raise CheckpointError(f"{path}: no {_SINGLE}, no {_INDEX} and no GGUF file")

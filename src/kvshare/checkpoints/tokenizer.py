@@ -25,7 +25,8 @@ _TURN_ENDS = ("<end_of_turn>", "<turn|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|
 class Tokenizer:
     """A model's vocabulary with its special tokens and chat template.
 
-    `special_tokens` are by role ("bos_token", "eos_token", ...), as chat templates want them. `adds_bos` None leaves it to the tokenizer's own post-processor.
+    `special_tokens` are by role ("bos_token", "eos_token", ...), as chat templates want them. `adds_bos` None leaves that to
+    the tokenizer's own post-processor.
     """
 
     def __init__(
@@ -126,7 +127,8 @@ def tokenizer_from_directory(path: Path, config: Mapping[str, Any], generation_c
     file = path / "tokenizer.json"
     if not file.exists():
         raise CheckpointError(
-            f"{path}: no tokenizer.json. One is written by: python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{path}').save_pretrained('{path}')\""
+            f"{path}: no tokenizer.json. This writes one: python -c "
+            f"\"from transformers import AutoTokenizer as T; T.from_pretrained('{path}').save_pretrained('{path}')\""
         )
     try:
         fast = FastTokenizer.from_file(str(file))

@@ -59,7 +59,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, p
 
     Every shape is compared before any data is read. A tensor that is stored in the dtype it is wanted in stays a view of
     the mapped file. Returns (and logs) the tensors of the file that nobody reads, but for the k and v of layers that
-    share another layer's cache, which are expected to lie there dead. Raises `CheckpointError` for tensors that are missing or of another shape.
+    share another layer's cache, which are expected to lie there dead. Raises `CheckpointError` for tensors that are missing
+    or of another shape.
     """
     present = checkpoint.names()
     described: Mapping[str, Source] = model.weight_sources()  # type: ignore[operator]
@@ -148,7 +149,7 @@ def _report_unread(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> tup
 
 
 def _is_dead(name: str, owner: tuple[int, ...]) -> bool:
-    """Whether this is a key or value projection of a layer that reads another layer's cache: published checkpoints ship them, nothing uses them."""
+    """Whether this is a key or value projection of a layer that reads another's cache: checkpoints ship them, nothing uses them."""
     match = _KEY_VALUE.match(name)
     return match is not None and int(match[1]) < len(owner) and owner[int(match[1])] != int(match[1])
 
