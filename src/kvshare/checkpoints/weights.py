@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.checkpoints.checkpoint import Checkpoint
+from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.progress import Progress
 from kvshare.errors import CheckpointError
 from kvshare.layout import layout_from_config
@@ -46,7 +47,8 @@ class Loadable(Protocol):
     """What a model offers besides being a module. Two more attributes are read where it has them.
 
     `keep_float32: frozenset[str]` names parameters that stay in float32 whatever the model's dtype;
-    `memory_mapped: frozenset[str]` names those that stay views of the mapped file in the file's dtype.
+    `memory_mapped: frozenset[str]` names those that stay views of the mapped file in the file's dtype: large tables of which
+    a step reads a few rows. Where the file holds blocks, the parameter is replaced by its `PackedBlocks`, whose `rows` decodes those.
     """
 
     def weight_sources(self) -> Mapping[str, Source]:
@@ -76,8 +78,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, p
     for name, old in wanted.items():
         if id(old) not in loaded:  # a tied tensor is loaded once and stays tied
             goal = old.dtype if not old.is_floating_point() else torch.float32 if name in keep_float32 else dtype
-            tensor = _read(checkpoint, sources[name], None if name in mapped else goal)
-            loaded[id(old)] = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
+            value = _mapped(checkpoint, sources[name]) if name in mapped else _read(checkpoint, sources[name], goal)
+            is_parameter = isinstance(old, nn.Parameter)
+            loaded[id(old)] = nn.Parameter(value, requires_grad=False) if is_parameter and isinstance(value, Tensor) else value
             done += old.nbytes
             if progress:
                 progress(done, total)
@@ -123,9 +126,9 @@ def _joined(source: Source, parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _read(checkpoint: Checkpoint, source: Source, dtype: torch.dtype | None) -> Tensor:
-    """The source's tensor in `dtype` (None: the file's). Parts are converted one by one, so that no second copy of the whole exists."""
-    if source.combine is not None or len(source.names) == 1 or dtype is None:
+def _read(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> Tensor:
+    """The source's tensor in `dtype`. Joined parts are converted one by one, so that no second copy of the whole exists."""
+    if source.combine is not None or len(source.names) == 1:
         return _joined(source, [checkpoint.get(name, dtype) for name in source.names])
     shapes = [checkpoint.shape(name) for name in source.names]
     whole = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=dtype)
@@ -134,9 +137,18 @@ def _read(checkpoint: Checkpoint, source: Source, dtype: torch.dtype | None) -> 
     return whole
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _mapped(checkpoint: Checkpoint, source: Source) -> Tensor | PackedBlocks:
+    """The source's one tensor where it lies in the file."""
+    (name,) = source.names
+    return checkpoint.packed(name) or checkpoint.get(name)
+
+
+def _assign(model: nn.Module, name: str, value: Tensor | PackedBlocks) -> None:
     path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, tensor)
+    module = model.get_submodule(path)
+    if not isinstance(value, Tensor):
+        delattr(module, leaf)  # a module keeps nothing but a tensor under the name of a parameter
+    setattr(module, leaf, value)
 
 
 def _report_unread(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> tuple[str, ...]:

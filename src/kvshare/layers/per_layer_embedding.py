@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
 
@@ -22,16 +23,20 @@ def scaled_embedding(
     tokens: Tensor, table: Tensor, scale: float, dtype: torch.dtype
 ) -> Tensor:  # [tokens], [entries, width] -> [tokens, width]
     """Rows of a table times a factor, which is rounded to `dtype` first, as the models were trained."""
-    return F.embedding(tokens, table).to(dtype) * torch.tensor(scale, dtype=torch.float32).to(dtype)
+    return scaled(F.embedding(tokens, table), scale, dtype)
+
+
+def scaled(rows: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    return rows.to(dtype) * torch.tensor(scale, dtype=torch.float32).to(dtype)
 
 
 class PerLayerEmbedding(nn.Module):
-    """The table and the projection of all layers, packed layer by layer."""
+    """The table and the projection of all layers, packed layer by layer. Loaded from a GGUF file the table may be its quantized blocks."""
 
     def __init__(self, entries: int, layers: int, width: int, hidden: int, eps: float):
         super().__init__()
         self.entries, self.layers, self.width, self.hidden = entries, layers, width, hidden
-        self.table = nn.Parameter(torch.empty(entries, layers * width))  # [entries, layers * width]
+        self.table: nn.Parameter | PackedBlocks = nn.Parameter(torch.empty(entries, layers * width))  # [entries, layers * width]
         self.projection = Linear(hidden, layers * width)
         self.norm = RMSNorm(width, eps)
 
@@ -41,7 +46,10 @@ class PerLayerEmbedding(nn.Module):
         projected = self.projection.part(embedded, begin, stop) * self.hidden**-0.5
         projected = self.norm(projected.unflatten(-1, (end - first, self.width)))
         rows = torch.where(tokens < self.entries, tokens, 0)
-        looked_up = scaled_embedding(rows, self.table[:, begin:stop], self.width**0.5, embedded.dtype)
+        found = (
+            self.table.rows(rows)[:, begin:stop] if isinstance(self.table, PackedBlocks) else F.embedding(rows, self.table[:, begin:stop])
+        )
+        looked_up = scaled(found, self.width**0.5, embedded.dtype)
         values = (projected + looked_up.view_as(projected)) * 2**-0.5
         return PerLayerInputs(self, tokens, embedded, first, values)
 
