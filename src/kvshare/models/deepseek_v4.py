@@ -100,11 +100,10 @@ class DeepseekV4Config:
 def _rope(fields: Fields) -> dict[str, Frequencies]:
     """Frequencies of the rotated dims. Released configs have a `rope_scaling` for the compressed layers, re-saved ones name both kinds."""
     rotated = fields.integer("qk_rope_head_dim", int(fields.integer("head_dim") * float(fields.get("partial_rotary_factor", 0.125))))
-    given = fields.get("rope_parameters") or {}
-    main = {"rope_theta": fields.get("rope_theta", 10_000.0), **given.get("main", {})}
-    scaling = given.get("compress") or fields.get("rope_scaling") or {}
-    # YaRN would also lengthen the rotated vectors (attention_factor); V4 leaves that out
-    compress = {"attention_factor": 1.0, "rope_theta": fields.get("compress_rope_theta", 160_000.0), **scaling}
+    given = fields.mapping("rope_parameters")
+    main = given.get("main") or {"rope_theta": fields.get("rope_theta", 10_000.0)}
+    compress = given.get("compress") or {**fields.mapping("rope_scaling"), "rope_theta": fields.get("compress_rope_theta", 160_000.0)}
+    compress = {"attention_factor": 1.0, **compress}  # YaRN would also lengthen the rotated vectors; V4 leaves that out
     return {name: frequencies({**rope, "partial_rotary_factor": 1.0}, rotated) for name, rope in (("main", main), ("compress", compress))}
 
 
