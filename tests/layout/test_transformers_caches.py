@@ -11,130 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from layout.families import FAMILIES, V4
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from kvshare.layout import CacheLayout, layout_from_config
 
-S, F = "sliding_attention", "full_attention"
 TOKENS = 150  # past every window, past a block of 128, inside a block of 4
-BASE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-PATTERN = [S, F, S, F, S, F]
-LATENT = {
-    **BASE,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
-V4 = {
-    **BASE,
-    "num_hidden_layers": 5,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "q_lora_rank": 24,
-    "o_lora_rank": 8,
-    "o_groups": 2,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "sliding_window": 8,
-    "index_n_heads": 4,
-    "index_head_dim": 8,
-    "index_topk": 4,
-    "compress_ratios": [0, 128, 4, 128, 4],
-    "hc_mult": 2,
-    "num_hash_layers": 1,
-}
-
-PLAIN = {
-    "llama": ("llama", BASE),
-    "qwen3": ("qwen3", BASE),
-    "qwen2 behind max_window_layers": ("qwen2", {**BASE, "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 4}),
-    "qwen3_moe": ("qwen3_moe", {**BASE, **MOE}),
-    "mistral": ("mistral", {**BASE, "sliding_window": 16}),
-    "mixtral": ("mixtral", {**BASE, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "phi3": ("phi3", {**BASE, "sliding_window": 16}),
-    "gpt_oss": ("gpt_oss", {**BASE, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "olmo3": ("olmo3", {**BASE, "sliding_window": 16}),
-    "laguna": ("laguna", {**BASE, **MOE, "sliding_window": 16, "layer_types": PATTERN, "shared_expert_intermediate_size": 16}),
-    "gemma2": ("gemma2", {**BASE, "sliding_window": 16}),
-    "gemma3": ("gemma3_text", {**BASE, "sliding_window": 16, "sliding_window_pattern": 3}),
-    "gemma3n": (
-        "gemma3n_text",
-        {
-            **BASE,
-            "sliding_window": 16,
-            "layer_types": PATTERN,
-            "num_kv_shared_layers": 2,
-            "vocab_size_per_layer_input": 64,
-            "hidden_size_per_layer_input": 8,
-        },
-    ),
-    "gemma4 with readers": (
-        "gemma4_text",
-        {
-            **BASE,
-            "sliding_window": 16,
-            "layer_types": PATTERN,
-            "num_kv_shared_layers": 2,
-            "global_head_dim": 16,
-            "vocab_size_per_layer_input": 64,
-            "hidden_size_per_layer_input": 8,
-        },
-    ),
-    "gemma4 with keys that equal values": (
-        "gemma4_text",
-        {
-            **BASE,
-            "sliding_window": 16,
-            "layer_types": PATTERN,
-            "global_head_dim": 16,
-            "attention_k_eq_v": True,
-            "num_global_key_value_heads": 1,
-            "hidden_size_per_layer_input": 0,
-        },
-    ),
-    "zaya": ("zaya", {**BASE, "num_experts": 4, "moe_intermediate_size": 16, "router_hidden_size": 8, "num_experts_per_tok": 1}),
-    "zaya with windows": (
-        "zaya",
-        {
-            **BASE,
-            "num_experts": 4,
-            "moe_intermediate_size": 16,
-            "router_hidden_size": 8,
-            "num_experts_per_tok": 1,
-            "num_hidden_layers": 2,
-            "layer_types": ["hybrid", "hybrid_sliding"],
-            "sliding_window": 9,
-            "cca_time0": 4,
-            "cca_time1": 3,
-        },
-    ),
-    "deepseek_v32": ("deepseek_v32", {**LATENT, "index_topk": 12, "index_head_dim": 16, "index_n_heads": 4}),
-}
 
 
 def cache_of(model_type: str, config: dict[str, Any]) -> list[Any]:
@@ -175,9 +57,9 @@ def as_transformers_counts(layout: CacheLayout) -> CacheLayout:
     return replace(layout, layers=layers)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_what_transformers_holds_is_what_the_layout_says(name: str):
-    model_type, config = PLAIN[name]
+    model_type, config = FAMILIES[name]
     layout = as_transformers_counts(layout_from_config({"model_type": model_type, **config}))
     held = [sum(tensor.numel() * tensor.element_size() for tensor in tensors(layer)) for layer in cache_of(model_type, config)]
     held += [0] * (len(layout.layers) - len(held))  # trailing readers may have no cache layer at all
