@@ -89,6 +89,14 @@ class Arena:
             view = self._row_views[row_bytes] = self.pages[:, : count * row_bytes].unflatten(1, (count, row_bytes))
         return view
 
+    def gather(self, pages: list[int], row_bytes: int) -> Tensor:
+        """All rows of some pages behind one another, uint8 [len(pages) * rows_per_page, row_bytes]: a view of one page, a copy of several."""
+        if len(pages) == 1:
+            return self.rows(row_bytes)[pages[0]]
+        count = self.page_bytes // row_bytes
+        copied = self.pages.index_select(0, torch.tensor(pages, device=self.pages.device))[:, : count * row_bytes]
+        return copied.reshape(len(pages) * count, row_bytes)
+
     def check_integrity(self) -> None:
         """Raise `AssertionError` unless free and held pages make up the whole, each page once."""
         free = set(self._free)

@@ -21,6 +21,7 @@ class PagedCache:
     def __init__(self, layout: CacheLayout, precision: PrecisionChoice):
         self.layout = layout
         self.codecs: dict[int, Codec] = {owner: codec_for(layout.precision_of(owner, precision)) for owner in layout.owners}
+        self.read_again = frozenset(owner for owner in layout.owners if layout.readers(owner))
         self.state_offsets: dict[tuple[int, str], int] = {}
         offset = 0
         for index, layer in enumerate(layout.layers):
@@ -56,17 +57,16 @@ class PagedStep(Step):
             start, rows = self._gathered[key]
             if first >= start and end <= start + len(rows):
                 return rows[first - start : end - start]
-        codec = self.cache.codecs[layer]
+        codec, arena = self.cache.codecs[layer], self.caches[sequence].arena
         table = self.caches[sequence].tables[layer, stream.name]
-        encoded = self.caches[sequence].arena.rows(codec.precision.row_bytes(stream.heads, stream.width))
+        row_bytes = codec.precision.row_bytes(stream.heads, stream.width)
         if end <= first:
-            return codec.decode(encoded[:0, 0], stream.heads, stream.width)
+            return codec.decode(arena.pages[0, :0].view(0, row_bytes), stream.heads, stream.width)
         low, high = first // table.rows_per_page, -(-end // table.rows_per_page)
-        pages = table.pages[low - table.first_page : high - table.first_page]
-        rows = encoded[pages[0]] if len(pages) == 1 else encoded[pages].flatten(0, 1)  # [rows of whole pages, row_bytes]
+        rows = arena.gather(table.pages[low - table.first_page : high - table.first_page], row_bytes)
         start = low * table.rows_per_page
         decoded = codec.decode(rows[first - start : end - start], stream.heads, stream.width)
-        if self.layout.readers(layer):
+        if layer in self.cache.read_again:
             self._gathered[key] = (first, decoded)
         return decoded
 

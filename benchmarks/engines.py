@@ -1,0 +1,78 @@
+"""One engine at a time, in a process of its own: `python -m benchmarks.engines ENGINE MODEL SPEC`, SPEC and result as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+
+def run_kvshare(model: str, contexts: list[int], decode: int, batch: int, dtype: str) -> list[dict[str, Any]]:
+    import torch
+
+    from kvshare import LLM, SamplingParams
+
+    llm = LLM(model, dtype=dtype, max_context=max(contexts) + decode + 8, max_sequences=batch, progress=False)
+    params = SamplingParams(temperature=0, max_tokens=decode + 1, ignore_eos=True)
+    llm.generate([[5] * 64], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    rows = []
+    for context in contexts:
+        prompts = torch.randint(5, llm.model.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0)).tolist()
+        llm.arena.reset_peak()
+        ids, begun = [llm.engine.add(prompt, params) for prompt in prompts], time.perf_counter()
+        requests = [llm.engine.requests[i] for i in ids]
+        while not all(request.sequences[0].output.token_ids for request in requests):
+            llm.engine.step()
+        first = time.perf_counter()
+        done = sum(len(request.sequences[0].output.token_ids) for request in requests)
+        while llm.engine.has_work:
+            llm.engine.step()
+        total = sum(len(request.sequences[0].output.token_ids) for request in requests)
+        rows.append(_row(context, batch, first - begun, time.perf_counter() - first, total - done, llm.arena.peak_bytes))
+    return rows
+
+
+def run_transformers(model: str, contexts: list[int], decode: int, batch: int, dtype: str) -> list[dict[str, Any]]:
+    """The forward passes of `generate` without its bookkeeping, which flatters transformers a little."""
+    import torch
+    import transformers
+
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
+    vocabulary = lm.config.get_text_config().vocab_size
+    rows = []
+    with torch.inference_mode():
+        for parameter in lm.parameters():  # out of the page cache into memory of its own, as kvshare's fused weights are
+            parameter.data = parameter.data.clone()
+        lm.tie_weights()
+        lm(torch.full((1, 64), 5), logits_to_keep=1)
+        for context in contexts:
+            ids = torch.randint(5, vocabulary, (batch, context), generator=torch.Generator().manual_seed(0))
+            cache, begun = transformers.DynamicCache(config=lm.config), time.perf_counter()
+            token = lm(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            first = time.perf_counter()
+            for _ in range(decode):
+                token = lm(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values) if t is not None}
+            rows.append(_row(context, batch, first - begun, time.perf_counter() - first, decode * batch, sum(held.values())))
+    return rows
+
+
+def _row(context: int, batch: int, ttft: float, decode_seconds: float, decoded: int, cache_bytes: int) -> dict[str, Any]:
+    return {
+        "context": context,
+        "batch": batch,
+        "ttft_s": ttft,
+        "prefill_tok_s": batch * context / ttft,
+        "decode_tok_s": decoded / decode_seconds,
+        "cache_bytes": cache_bytes,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+ENGINES = {"kvshare": run_kvshare, "transformers": run_transformers}
+
+if __name__ == "__main__":
+    for row in ENGINES[sys.argv[1]](sys.argv[2], **json.loads(sys.argv[3])):
+        print(json.dumps(row), flush=True)

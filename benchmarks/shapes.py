@@ -1,0 +1,75 @@
+"""Checkpoints with random weights in the true shape of a released model, written once and kept: the same bytes for every engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+SHARD_BYTES = 2_000_000_000
+SHAPES = {"gemma-4-e2b": "gemma-4-E2B", "gemma-3n-e2b": "gemma-3n-E2B-it"}
+
+
+def checkpoint(shape: str, where: Path) -> Path:
+    """The directory of `shape`'s random checkpoint below `where`, made if it is not there: weights of standard deviation 0.02, norms near one."""
+    from kvshare.layout.config import text_config
+    from kvshare.planner.models import resolve
+
+    directory = where / shape
+    if (directory / "config.json").exists():
+        return directory
+    import transformers
+
+    config = text_config(resolve(SHAPES[shape]).config)
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings), dtype=torch.bfloat16)
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    pool = (torch.randn(1 << 25, generator=generator) * 0.02).bfloat16()
+    index: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+
+    def write_shard() -> None:
+        file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        if sum(t.nbytes for t in shard.values()) > SHARD_BYTES:
+            write_shard()
+        shard[name] = _fill(name, tensor, pool, generator)
+    write_shard()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    model.config.save_pretrained(directory)
+    return directory
+
+
+def unpacked(gguf: Path, where: Path) -> Path:
+    """A GGUF file's weights, dequantized to bf16, as a Hugging Face directory: what peers load that do not read the file."""
+    from kvshare.checkpoints import open_checkpoint
+
+    directory = where / gguf.stem
+    if not (directory / "config.json").exists():
+        source = open_checkpoint(gguf)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: source.get(name).bfloat16().contiguous() for name in source.names()}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        (directory / "config.json").write_text(json.dumps({**source.config, "dtype": "bfloat16"}))
+    return directory
+
+
+def _fill(name: str, like: torch.Tensor, pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if like.ndim < 2:
+        near_one = "norm" in name or name.endswith(("scalar", "scale"))
+        return (near_one + 0.02 * torch.randn(like.shape, generator=generator)).bfloat16()
+    values = torch.empty(like.numel(), dtype=torch.bfloat16)
+    for start in range(0, len(values), len(pool)):
+        part = values[start : start + len(pool)]
+        part.copy_(pool[: len(part)])
+    return values.view(like.shape)
