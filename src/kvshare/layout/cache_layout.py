@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 
 from kvshare.errors import ConfigError
-from kvshare.layout.rows import DTYPE_BYTES, NATIVE, Precision, precision_named
+from kvshare.layout.rows import DTYPE_BYTES, NATIVE, BlockRow, Precision, precision_named
 
 PAGE_UNIT = 4096  # pages are multiples of the operating system's page
 ROWS_PER_WIDEST_PAGE = 32  # rows of the widest stream that one page holds
@@ -31,7 +31,7 @@ class Stream:
     tokens_per_row: int = 1  # a compressed stream keeps one row for this many tokens
     window: int | None = None  # rows kept behind the newest one, itself included; None keeps all
     top_k: int | None = None  # at most this many rows are read by one query (an indexer selects them)
-    native_bytes: int | None = None  # bytes of a row as the model's authors serve it (precision "native"), where they say
+    native: BlockRow | None = None  # how the model's authors store a row (precision "native"), where they say
 
     @property
     def kind(self) -> str:
@@ -56,6 +56,11 @@ class Stream:
     def read_rows(self, num_tokens: int) -> int:
         """Rows that one query reads after `num_tokens` tokens."""
         return min(self.live_rows(num_tokens), self.top_k or self.live_rows(num_tokens))
+
+    @property
+    def native_bytes(self) -> int | None:
+        """Bytes of a row in the authors' own form; None where they have none."""
+        return None if self.native is None else self.heads * self.native.vector_bytes(self.width)
 
     def row_bytes(self, precision: Precision) -> int:
         if precision.name == NATIVE and self.native_bytes is not None:

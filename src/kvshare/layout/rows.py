@@ -14,7 +14,7 @@ from kvshare.errors import ConfigError
 
 SCALE_BYTES = 2  # scales and minima are stored as float16
 INT4_GROUP = 32  # numbers that share one scale and one minimum
-NATIVE = "native"  # the format that the model's authors serve: each stream says its own (`Stream.native_bytes`), else bf16
+NATIVE = "native"  # the format that the model's authors serve: each stream says its own (`Stream.native`), else bf16
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,23 @@ class Precision:
         """Bytes of one row of `heads` vectors of `width` numbers, scales included."""
         groups = -(-width // self.group) if self.group else 1
         return heads * (-(-width * self.bits // 8) + groups * self.scales * SCALE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRow:
+    """The native form of a vector: floats of `bits` bits with a scale for each `group` of them, its last `exact` numbers in 16 bits."""
+
+    bits: int  # 8: e4m3, 4: e2m1
+    group: int
+    scale_bytes: int = 1  # 1: a power of two as its exponent (e8m0), 4: float32
+    exact: int = 0  # numbers at the end that carry the position's rotation
+    align: int = 1  # a vector is padded to a multiple of this many bytes
+
+    def vector_bytes(self, width: int) -> int:
+        """Bytes of a vector of `width` numbers."""
+        plain = width - self.exact
+        used = -(-plain * self.bits // 8) + -(-plain // self.group) * self.scale_bytes + 2 * self.exact
+        return -(-used // self.align) * self.align
 
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(

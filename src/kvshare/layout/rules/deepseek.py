@@ -8,6 +8,7 @@ from __future__ import annotations
 from kvshare.errors import ConfigError
 from kvshare.layout.cache_layout import CacheLayout, LayerCache, State, Stream
 from kvshare.layout.config import Fields
+from kvshare.layout.rows import BlockRow
 
 _CSA, _HCA, _SWA = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
 _TYPE_OF_RATIO = {0: _SWA, 4: _CSA, 128: _HCA}
@@ -24,12 +25,11 @@ def latent(fields: Fields, kv_form: str) -> CacheLayout:
             "model_type is missing: assumed deepseek_v32, because kv_lora_rank and index_head_dim are those of its cache"
         )
     rank, rotated = fields.integer("kv_lora_rank"), fields.integer("qk_rope_head_dim")
-    # 8-bit latent with four 32-bit scales, rotated part in 16 bits; indexer keys in 8 bits with one scale
-    native = rank + 4 * -(-rank // 128) + 2 * rotated
-    streams = [Stream("latent", 1, rank + rotated, top_k=fields.integer("index_topk") if indexed else None, native_bytes=native)]
+    native = BlockRow(8, 128, scale_bytes=4, exact=rotated)
+    streams = [Stream("latent", 1, rank + rotated, top_k=fields.integer("index_topk") if indexed else None, native=native)]
     if indexed:
         width = fields.integer("index_head_dim")
-        streams.append(Stream("index", 1, width, native_bytes=width + 4))
+        streams.append(Stream("index", 1, width, native=BlockRow(8, 128, scale_bytes=4)))
     count = fields.integer("num_hidden_layers")
     layers = tuple(LayerCache("latent", index, tuple(streams)) for index in range(count))
     name = fields.get("model_type", "deepseek_v32")
@@ -66,36 +66,30 @@ def compress_ratios(fields: Fields, count: int) -> list[int]:
     return value[:count]
 
 
-def _native_row(width: int, rotated: int) -> int:
-    """8 bits for the plain part with a scale for each 64, 16 bits for the rotated part, padded to whole 8 bytes: 584 for V4."""
-    plain = width - rotated
-    return -(-(plain + -(-plain // 64) + 2 * rotated) // 8) * 8
-
-
 def compressed(fields: Fields, kv_form: str) -> CacheLayout:
     """V4: every layer keeps a window of key-value vectors (K = V) and, unless it is a plain window layer, compressed entries.
 
     CSA layers write an entry for each 4 tokens and select entries with an indexer; HCA layers write one for each 128 and read all.
     """
     count, width, index_width = fields.integer("num_hidden_layers"), fields.integer("head_dim"), fields.integer("index_head_dim")
-    rotated = fields.integer("qk_rope_head_dim", width // 8)
+    rotated = fields.integer("qk_rope_head_dim", int(width * float(fields.get("partial_rotary_factor", 0.125))))
     if fields.integer("num_key_value_heads", 1) != 1:
         raise ConfigError(
             "num_key_value_heads", f"{fields.get('num_key_value_heads')}, but one vector serves all heads as key and as value"
         )
-    native = _native_row(width, rotated)
+    native = BlockRow(8, 64, exact=rotated, align=8)
     rates = {_CSA: 4, _HCA: 128, **fields.mapping("compress_rates")}
     layers = []
     for index, name in enumerate(_attention_types(fields, count)):
-        streams = [Stream("kv", 1, width, window=fields.integer("sliding_window"), native_bytes=native)]
+        streams = [Stream("kv", 1, width, window=fields.integer("sliding_window"), native=native)]
         states: tuple[State, ...] = ()
         if name == _CSA:
             rate, top_k = rates[_CSA], fields.integer("index_topk")
-            streams.append(Stream("entry", 1, width, tokens_per_row=rate, top_k=top_k, native_bytes=native))
-            streams.append(Stream("index", 1, index_width, tokens_per_row=rate, native_bytes=index_width // 2 + 4))
+            streams.append(Stream("entry", 1, width, tokens_per_row=rate, top_k=top_k, native=native))
+            streams.append(Stream("index", 1, index_width, tokens_per_row=rate, native=BlockRow(4, 32)))
             states = (*_open_rows("open", 2 * rate, 2 * width), *_open_rows("open_index", 2 * rate, 2 * index_width))
         elif name == _HCA:
-            streams.append(Stream("entry", 1, width, tokens_per_row=rates[_HCA], native_bytes=native))
+            streams.append(Stream("entry", 1, width, tokens_per_row=rates[_HCA], native=native))
             states = _open_rows("open", rates[_HCA], width)
         layers.append(LayerCache(_KINDS[name], index, tuple(streams), states))
     return CacheLayout(tuple(layers), fields.get("model_type"), fields.optional_integer("max_position_embeddings"), tuple(fields.warnings))
@@ -122,8 +116,7 @@ def cross_layer(fields: Fields, kv_form: str) -> CacheLayout:
     candidate_source = fields.integer("candidate_source_layer_id", count, least=0)
     layers = []
     for index, ratio in enumerate(ratios):
-        # native: 8-bit window rows with a scale for each 32 numbers; 4-bit entries (each 16) and indexer keys (each 32)
-        streams = [Stream("kv", 1, width, window=fields.integer("sliding_window"), native_bytes=width + width // 32)]
+        streams = [Stream("kv", 1, width, window=fields.integer("sliding_window"), native=BlockRow(8, 32))]
         states: tuple[State, ...] = ()
         borrowed: tuple[tuple[int, Stream], ...] = ()
         if ratio:
@@ -132,9 +125,9 @@ def cross_layer(fields: Fields, kv_form: str) -> CacheLayout:
                 raise ConfigError(
                     "compress_ratios", f"layer {index} reads entries of ratio {ratio}, but its source (layer {source}) does not write them"
                 )
-            entry = Stream("entry", 1, width, ratio, top_k=fields.integer("index_topk"), native_bytes=width // 2 + width // 16)
+            entry = Stream("entry", 1, width, ratio, top_k=fields.integer("index_topk"), native=BlockRow(4, 16))
             limit = candidates if candidates and index > candidate_source else None
-            keys = Stream("index", 1, index_width, ratio, top_k=limit, native_bytes=index_width // 2 + index_width // 32)
+            keys = Stream("index", 1, index_width, ratio, top_k=limit, native=BlockRow(4, 32))
             read = (entry, keys) if index in indexers else (entry,)
             if source == index:
                 streams.extend(read)
