@@ -12,7 +12,9 @@ from parity.harness import assert_equals_oracle, load, oracle_logits, random_ids
 
 from kvshare.errors import ConfigError
 from kvshare.layout import layout_from_config
+from kvshare.models import build_model
 from kvshare.models.laguna import LagunaConfig
+from kvshare.planner.models import resolve
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 YARN = {
@@ -136,3 +138,10 @@ def test_windows_hold_the_last_rows_and_full_layers_all(context: int) -> None:
     layout = layout_from_config({**BASE, "model_type": "laguna"})
     row = 2 * 2 * 16 * 4  # keys and values, 2 heads of 16 numbers, fp32
     assert layout.bytes(context, precision="fp32") == row * (2 * context + 3 * min(context, 8))
+
+
+@pytest.mark.parametrize(("name", "billions"), [("Laguna-XS.2", 33.44), ("Laguna-XS-2.1", 33.44), ("Laguna-S-2.1", 117.6)])
+def test_released_configs_build_to_their_advertised_size(name: str, billions: float) -> None:
+    model = build_model(resolve(name).config, torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
+    assert model.weight_sources().keys() == model.state_dict().keys()

@@ -20,6 +20,7 @@ MODELS: Mapping[str, str] = {
     "deepseek_v4": "kvshare.models.deepseek_v4:DeepseekV4",
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), "kvshare.models.gemma4:Gemma4"),
     "laguna": "kvshare.models.laguna:Laguna",
+    "zaya": "kvshare.models.zaya:Zaya",
 }
 
 

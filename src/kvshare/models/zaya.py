@@ -1,0 +1,202 @@
+"""ZAYA1 (Zyphra 2026) with compressed convolutional attention (CCA, arXiv 2510.04476): attention happens inside a compressed space.
+
+Queries and keys are projected to few dimensions and mixed over time by a causal convolution; half of every token's values belong to the
+token before it. The cache of a layer is its keys and values, and per sequence the convolution's tail and one delayed value.
+
+Feed-forward: one expert a token, chosen by a small network whose input also carries the routers of the layers below (depth averaging).
+The residual stream is float32 and scaled wherever something is added to it. Checkpoints come in two schemas, native and legacy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvshare.cache.step import Step
+from kvshare.checkpoints.weights import Source
+from kvshare.layers.activations import swiglu
+from kvshare.layers.causal_conv import CausalWindows, TwoStageConv
+from kvshare.layers.experts import Experts
+from kvshare.layers.linear import Linear
+from kvshare.layers.norm import RMSNorm
+from kvshare.layers.rotary import Rotation, frequencies
+from kvshare.layout import CacheLayout
+from kvshare.models.model import Model
+from kvshare.models.zaya_config import FULL, SLIDING, ZayaConfig
+from kvshare.models.zaya_names import zaya_sources
+
+
+class Attention(nn.Module):
+    """CCA. Below, d is the head's width, h a query head and g(h) its key-value head."""
+
+    def __init__(self, config: ZayaConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.num_packed = config.num_heads + config.num_kv_heads  # query and key heads go through the convolution together
+        half = config.num_kv_heads * config.head_dim // 2  # numbers of a token's current values, and of its delayed ones
+        self.sizes = (self.num_packed * config.head_dim, half, half)
+        self.project = Linear(config.hidden_size, sum(self.sizes), config.bias)  # queries, keys, current values, delayed values
+        self.conv = TwoStageConv(self.num_packed, config.head_dim, *config.conv_taps)
+        self.temperature = nn.Parameter(torch.empty(config.num_kv_heads))
+        self.output = Linear(config.num_heads * config.head_dim, config.hidden_size, config.bias)
+
+    def append(
+        self, x: Tensor, rotation: Rotation, windows: Windows, step: Step
+    ) -> Tensor:  # [tokens, hidden] -> [tokens, heads, head_dim]
+        """Keys and values go into the cache, the convolution's tail and the delayed value into its states. Returns the queries."""
+        packed, current, delayed = self.project(x).split(self.sizes, dim=-1)
+        qk = self._unit(self._convolved(packed, windows.conv, step) + self._means(packed))
+        k = qk[:, self.num_heads :] * self.temperature[:, None]
+        q, k = rotation.half_split(torch.cat([qk[:, : self.num_heads], k], dim=1)).split((self.num_heads, self.num_kv_heads), dim=1)
+        v = torch.cat([current, self._shifted(delayed, windows.value, step)], dim=-1)
+        step.append(self.index, {"k": k, "v": v.unflatten(-1, (self.num_kv_heads, self.head_dim))})
+        return q
+
+    def forward(self, q: Tensor, step: Step) -> Tensor:  # [tokens, heads, head_dim] -> [tokens, hidden]
+        return self.output(step.attend(self.index, q, scale=self.head_dim**-0.5).flatten(1))
+
+    def _convolved(self, packed: Tensor, windows: CausalWindows, step: Step) -> Tensor:  # [tokens, channels] -> [tokens, packed heads, d]
+        tails = step.state(self.index, "conv").transpose(1, 2)  # [sequences, taps, channels]
+        seen, tails = windows.gather(packed, tails)
+        step.replace_state(self.index, "conv", tails.transpose(1, 2))
+        return self.conv(seen)
+
+    def _means(self, packed: Tensor) -> Tensor:  # [tokens, channels] -> [tokens, packed heads, d]
+        """What passes by the convolution: (q_h + k_g(h)) / 2 to query h, and the mean of these over its query heads to key g."""
+        heads = packed.unflatten(-1, (self.num_packed, self.head_dim))
+        q, k = heads.split((self.num_heads, self.num_kv_heads), dim=1)
+        means = (q.unflatten(1, (self.num_kv_heads, -1)) + k[:, :, None]) * 0.5  # [tokens, kv_heads, group, d]
+        return torch.cat([means.flatten(1, 2), means.mean(2)], dim=1)
+
+    def _unit(self, heads: Tensor) -> Tensor:  # [..., d]
+        """Each head at length sqrt(d)."""
+        length = torch.linalg.vector_norm(heads, dim=-1, keepdim=True).clamp_min(torch.finfo(heads.dtype).eps)
+        return heads * (self.head_dim**0.5 / length)
+
+    def _shifted(
+        self, delayed: Tensor, windows: CausalWindows, step: Step
+    ) -> Tensor:  # [tokens, numbers] of each token -> of the one before
+        before = step.state(self.index, "delayed_value")  # [sequences, numbers]
+        if self.project.bias is not None:  # what lies before the first token projects to the bias, not to 0
+            fresh = torch.tensor([past == 0 for past in step.past], device=before.device)
+            before = torch.where(fresh[:, None], self.project.bias[-self.sizes[2] :], before)
+        seen, last = windows.gather(delayed, before[:, None])
+        step.replace_state(self.index, "delayed_value", last[:, 0])
+        return seen[:, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Where predecessors lie, for the whole step."""
+
+    conv: CausalWindows
+    value: CausalWindows  # one token back
+
+
+class Router(nn.Module):
+    """Chooses one expert, or none, from a narrow state that is carried from layer to layer of the same token."""
+
+    def __init__(self, config: ZayaConfig, index: int):
+        super().__init__()
+        self.down = Linear(config.hidden_size, config.router_width, bias=True)
+        self.depth_scale = nn.Parameter(torch.empty(config.router_width)) if index else None
+        self.norm = RMSNorm(config.router_width, config.eps)
+        self.first = Linear(config.router_width, config.router_width, bias=True)
+        self.second = Linear(config.router_width, config.router_width, bias=True)
+        self.scores = Linear(config.router_width, config.num_experts + 1)  # the last class is no expert
+        self.balance = nn.Parameter(torch.empty(config.num_experts + 1))  # what the file holds, the last entry too
+
+    def forward(self, x: Tensor, below: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # [tokens, hidden], [tokens, router_width]
+        """Chosen class and its weight [tokens, 1], and the state [tokens, router_width] for the router above."""
+        state = self.down(x)
+        if self.depth_scale is not None and below is not None:
+            state = state + below * self.depth_scale
+        logits = self.scores(F.gelu(self.second(F.gelu(self.first(self.norm(state))))))
+        probabilities = logits.float().softmax(-1)  # [tokens, experts + 1]
+        chosen = (probabilities + self.balance).argmax(-1, keepdim=True)
+        return chosen, probabilities.gather(-1, chosen).to(x.dtype), state
+
+
+class ResidualScale(nn.Module):
+    """r <- (out + b) * s + (r + b') * s', channel by channel, in float32."""
+
+    def __init__(self, config: ZayaConfig):
+        super().__init__()
+        self.hidden_states_scale = nn.Parameter(torch.empty(config.hidden_size))
+        self.hidden_states_bias = nn.Parameter(torch.empty(config.hidden_size))
+        self.residual_scale = nn.Parameter(torch.empty(config.hidden_size))
+        self.residual_bias = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, out: Tensor, residual: Tensor) -> Tensor:  # 2 x [tokens, hidden]
+        scaled = (out.float() + self.hidden_states_bias) * self.hidden_states_scale
+        return scaled + (residual + self.residual_bias) * self.residual_scale
+
+
+class Block(nn.Module):
+    def __init__(self, config: ZayaConfig, layout: CacheLayout, index: int):
+        super().__init__()
+        self.index = index
+        self.kind = FULL if layout.layers[index].stream("k").window is None else SLIDING
+        self.attention_norm = RMSNorm(config.hidden_size, config.eps)
+        self.attention = Attention(config, index)
+        self.after_attention = ResidualScale(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.eps)
+        self.router = Router(config, index)
+        self.experts = Experts(config.num_experts, config.hidden_size, config.expert_width, swiglu)
+        self.after_mlp = ResidualScale(config)
+
+    def forward(
+        self,
+        residual: Tensor,  # [tokens, hidden], float32
+        below: Tensor | None,  # [tokens, router_width], the router state of the layer below
+        rotations: Mapping[str, Rotation],
+        windows: Windows,
+        step: Step,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = self.attention.output.weight.dtype
+        q = self.attention.append(self.attention_norm(residual.to(dtype)), rotations[self.kind], windows, step)
+        if step.narrows(self.index):  # every layer owns its rows, so this is the last one
+            kept, step = step.rows_kept, step.tail()
+            residual, q, below = residual[kept], q[kept], None if below is None else below[kept]
+        residual = self.after_attention(self.attention(q, step), residual)
+        x = self.mlp_norm(residual.to(dtype))
+        chosen, weights, state = self.router(x, below)
+        return self.after_mlp(self.experts(x, chosen, weights), residual), state
+
+
+class Zaya(Model):
+    def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
+        super().__init__()
+        self.config = ZayaConfig.read(config)
+        self.layout, self.vocab_size = layout, self.config.vocab_size
+        hidden = self.config.hidden_size
+        self.embedding = nn.Parameter(torch.empty(self.vocab_size, hidden))  # [vocab_size, hidden]
+        self.input_scale, self.input_bias = nn.Parameter(torch.empty(hidden)), nn.Parameter(torch.empty(hidden))
+        self.blocks = nn.ModuleList(Block(self.config, layout, index) for index in range(len(layout.layers)))
+        self.norm = RMSNorm(hidden, self.config.eps)
+        self.head = None if self.config.tied else nn.Parameter(torch.empty(self.vocab_size, hidden))
+        self.head_bias = nn.Parameter(torch.empty(self.vocab_size)) if self.config.head_bias else None
+        self.frequencies = {kind: frequencies(rope, self.config.head_dim) for kind, rope in self.config.rope.items()}
+        self.keep_float32 = frozenset(name for name, _ in self.named_parameters() if name.endswith(".balance") or ".after_" in name)
+
+    def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
+        x = F.embedding(tokens, self.embedding)
+        rotations = {kind: waves.at(step.positions, x.dtype) for kind, waves in self.frequencies.items()}
+        device = x.device
+        windows = Windows(CausalWindows.of(step.counts, sum(self.config.conv_taps) - 2, device), CausalWindows.of(step.counts, 1, device))
+        residual, state = (x.float() + self.input_bias) * self.input_scale, None
+        for block in self.blocks:
+            residual, state = block(residual, state, rotations, windows, step)
+        return self.norm(residual.to(x.dtype))
+
+    def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
+        return F.linear(hidden, self.embedding if self.head is None else self.head, self.head_bias)
+
+    def weight_sources(self) -> dict[str, Source]:
+        return zaya_sources((name for name, _ in self.named_parameters()), self.config)
