@@ -169,3 +169,20 @@ def random_ids(vocab: int, sequences: int = 2, tokens: int = 41, seed: int = 1) 
 def oracle_logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
     """transformers' logits without a cache: [sequences, tokens, vocab]."""
     return model(input_ids=ids, use_cache=False).logits
+
+
+def greedy(model: Model, prompts: Tensor, count: int) -> Tensor:  # [sequences, tokens] -> [sequences, count]
+    """The likeliest continuation of each prompt, all sequences in one batch, a token a step."""
+    paged, tokens = Paged(model, len(prompts)), []
+    ends = [len(prompts[0]) * (i + 1) - 1 for i in range(len(prompts))]
+    logits = paged.step(list(prompts), keep=ends)
+    for _ in range(count):
+        tokens.append(logits.argmax(-1))
+        logits = paged.step(list(tokens[-1][:, None]))
+    return torch.stack(tokens, dim=1)
+
+
+def oracle_greedy(model: torch.nn.Module, prompts: Tensor, count: int) -> Tensor:  # [sequences, tokens] -> [sequences, count]
+    """What transformers' `generate` continues each prompt with."""
+    whole = model.generate(prompts, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None)
+    return whole[:, prompts.shape[1] :]
