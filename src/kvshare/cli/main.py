@@ -25,6 +25,11 @@ class Verb:
 
 VERBS: Mapping[str, Verb] = {
     "plan": Verb("kvshare.cli.plan", "What a model's cache costs at any context, batch and precision, and what fits."),
+    "generate": Verb("kvshare.cli.generate", "Complete a prompt, from the command line, a file or a pipe."),
+    "chat": Verb("kvshare.cli.chat", "Talk to a model in the terminal."),
+    "demo": Verb("kvshare.cli.demo", "Run the small model that comes with kvshare, and see what its cache does."),
+    "serve": Verb("kvshare.cli.serve", "Serve a model over HTTP, with OpenAI's API."),
+    "doctor": Verb("kvshare.cli.doctor", "Prove that a model runs right on this machine; without a model, describe the machine."),
 }
 
 
