@@ -32,6 +32,8 @@ _DEFAULT_ROPE: Mapping[str, Mapping[str, Any]] = {
     "full_attention": {"rope_type": "default", "rope_theta": 500_000.0, "partial_rotary_factor": 0.5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
 }
+Rotations = Mapping[str, Rotation]
+"""By layer type."""
 _GATES = {"per-head": True, "per-element": False}
 
 
@@ -173,9 +175,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.eps)
         self.mlp = SparseMlp(config) if config.sparse[index] else GatedMlp(config.hidden_size, config.dense_width, swiglu)
 
-    def forward(
-        self, x: Tensor, rotations: dict[str, Rotation], step: Step
-    ) -> tuple[Tensor, dict[str, Rotation], Step]:  # [tokens, hidden]
+    def forward(self, x: Tensor, rotations: Rotations, step: Step) -> tuple[Tensor, Rotations, Step]:  # [tokens, hidden]
         normed = self.attention_norm(x)
         if self.owns:
             self.attention.append(normed, rotations[self.layer_type], step)

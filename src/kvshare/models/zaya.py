@@ -46,10 +46,11 @@ class Attention(nn.Module):
         self.temperature = nn.Parameter(torch.empty(config.num_kv_heads))
         self.output = Linear(config.num_heads * config.head_dim, config.hidden_size, config.bias)
 
-    def append(
-        self, x: Tensor, rotation: Rotation, windows: Windows, step: Step
-    ) -> Tensor:  # [tokens, hidden] -> [tokens, heads, head_dim]
-        """Keys and values go into the cache, the convolution's tail and the delayed value into its states. Returns the queries."""
+    def append(self, x: Tensor, rotation: Rotation, windows: Windows, step: Step) -> Tensor:  # [tokens, hidden]
+        """Keys and values go into the cache, the convolution's tail and the delayed value into its states.
+
+        Returns the rotated queries [tokens, heads, head_dim]: they come out of the same convolution.
+        """
         packed, current, delayed = self.project(x).split(self.sizes, dim=-1)
         qk = self._unit(self._convolved(packed, windows.conv, step) + self._means(packed))
         k = qk[:, self.num_heads :] * self.temperature[:, None]
@@ -79,9 +80,8 @@ class Attention(nn.Module):
         length = torch.linalg.vector_norm(heads, dim=-1, keepdim=True).clamp_min(torch.finfo(heads.dtype).eps)
         return heads * (self.head_dim**0.5 / length)
 
-    def _shifted(
-        self, delayed: Tensor, windows: CausalWindows, step: Step
-    ) -> Tensor:  # [tokens, numbers] of each token -> of the one before
+    def _shifted(self, delayed: Tensor, windows: CausalWindows, step: Step) -> Tensor:  # [tokens, numbers]
+        """Each token gets the numbers of the token before it. The projected numbers are cached, not the wider hidden state."""
         before = step.state(self.index, "delayed_value")  # [sequences, numbers]
         if self.project.bias is not None:  # what lies before the first token projects to the bias, not to 0
             fresh = torch.tensor([past == 0 for past in step.past], device=before.device)
@@ -100,7 +100,11 @@ class Windows:
 
 
 class Router(nn.Module):
-    """Chooses one expert, or none, from a narrow state that is carried from layer to layer of the same token."""
+    """Chooses one expert, or none, from a narrow state that is carried from layer to layer of the same token.
+
+    The last class adds nothing, as in transformers. (Zyphra's training code adds the token itself there, times its probability; a bias
+    of -1, the initial one, lets that class win only where the router is all but sure.)
+    """
 
     def __init__(self, config: ZayaConfig, index: int):
         super().__init__()
@@ -180,7 +184,7 @@ class Zaya(Model):
         self.input_scale, self.input_bias = nn.Parameter(torch.empty(hidden)), nn.Parameter(torch.empty(hidden))
         self.blocks = nn.ModuleList(Block(self.config, layout, index) for index in range(len(layout.layers)))
         self.norm = RMSNorm(hidden, self.config.eps)
-        self.head = None if self.config.tied else nn.Parameter(torch.empty(self.vocab_size, hidden))
+        self.head = None if self.config.tied else Linear(hidden, self.vocab_size)
         self.head_bias = nn.Parameter(torch.empty(self.vocab_size)) if self.config.head_bias else None
         self.frequencies = {kind: frequencies(rope, self.config.head_dim) for kind, rope in self.config.rope.items()}
         self.keep_float32 = frozenset(name for name, _ in self.named_parameters() if name.endswith(".balance") or ".after_" in name)
@@ -196,7 +200,8 @@ class Zaya(Model):
         return self.norm(residual.to(x.dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        return F.linear(hidden, self.embedding if self.head is None else self.head, self.head_bias)
+        scores = F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+        return scores if self.head_bias is None else scores + self.head_bias
 
     def weight_sources(self) -> dict[str, Source]:
         return zaya_sources((name for name, _ in self.named_parameters()), self.config)

@@ -69,7 +69,7 @@ _MODEL_NAMES = {  # native, legacy
     "input_scale": ("model.input_hidden_states_scale", "model.layers.0.res_scale.hidden_states_scale"),
     "input_bias": ("model.input_hidden_states_bias", "model.layers.0.res_scale.hidden_states_bias"),
     "norm.weight": ("model.norm.weight", "model.final_norm.weight"),
-    "head": ("lm_head.weight",) * 2,
+    "head.weight": ("lm_head.weight",) * 2,
     "head_bias": ("lm_head.bias",) * 2,
 }
 
