@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from kvshare.errors import RequestError
 
-_NUMBER = re.compile(r"\s*(\d+(?:[._]\d+)*)\s*([a-zA-Z]*)\s*")
+_NUMBER = re.compile(r"\s*([0-9]+(?:[._][0-9]+)*)\s*([a-zA-Z]*)\s*")
 _TOKENS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 _BYTES = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
