@@ -20,7 +20,13 @@ class PagedCache:
 
     def __init__(self, layout: CacheLayout, precision: PrecisionChoice):
         self.layout = layout
-        self.codecs: dict[int, Codec] = {owner: codec_for(layout.precision_of(owner, precision)) for owner in layout.owners}
+        self.codecs: dict[tuple[int, str], Codec] = {}  # by owner and stream
+        self.row_bytes: dict[tuple[int, str], int] = {}
+        for owner in layout.owners:
+            form = layout.precision_of(owner, precision)
+            for stream in layout.layers[owner].streams:
+                self.codecs[owner, stream.name] = codec_for(form, stream)
+                self.row_bytes[owner, stream.name] = stream.row_bytes(form)
         self.read_again = frozenset(owner for owner in layout.owners if layout.readers(owner))
         self.state_offsets: dict[tuple[int, str], int] = {}
         offset = 0
@@ -41,7 +47,7 @@ class PagedStep(Step):
         self._gathered: dict[tuple[int, str, int], tuple[int, Tensor]] = {}  # rows that several readers will ask for
 
     def _write(self, layer: int, stream: Stream, sequence: int, first: int, values: Tensor) -> None:
-        encoded = self.cache.codecs[layer].encode(values)  # [rows, row_bytes]
+        encoded = self.cache.codecs[layer, stream.name].encode(values)  # [rows, row_bytes]
         table = self.caches[sequence].tables[layer, stream.name]
         pages = self.caches[sequence].arena.rows(encoded.shape[1])
         done = 0
@@ -57,9 +63,8 @@ class PagedStep(Step):
             start, rows = self._gathered[key]
             if first >= start and end <= start + len(rows):
                 return rows[first - start : end - start]
-        codec, arena = self.cache.codecs[layer], self.caches[sequence].arena
-        table = self.caches[sequence].tables[layer, stream.name]
-        row_bytes = codec.precision.row_bytes(stream.heads, stream.width)
+        codec, row_bytes = self.cache.codecs[layer, stream.name], self.cache.row_bytes[layer, stream.name]
+        arena, table = self.caches[sequence].arena, self.caches[sequence].tables[layer, stream.name]
         if end <= first:
             return codec.decode(arena.pages[0, :0].view(0, row_bytes), stream.heads, stream.width)
         low, high = first // table.rows_per_page, -(-end // table.rows_per_page)

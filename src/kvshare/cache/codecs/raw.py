@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvshare.layout import Precision
-
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class RawCodec:
-    def __init__(self, precision: Precision):
-        self.precision = precision
-        self.dtype = _DTYPES[precision.name]
+    def __init__(self, name: str):
+        self.dtype = _DTYPES[name]
 
     def encode(self, rows: Tensor) -> Tensor:  # [rows, heads, width] -> uint8 [rows, row_bytes]
         return rows.to(self.dtype).reshape(rows.shape[0], -1).view(torch.uint8)
