@@ -1,0 +1,62 @@
+"""Connections that do not get to waste the server's time: a deadline for a request's headers, one for reading answers, and a number."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MAX_CONNECTIONS = 512
+MAX_HEADER_BYTES = 64 << 10
+HEADER_SECONDS = 20.0  # from the connection, or from the first byte of a further request, to the end of its headers
+WRITE_SECONDS = 60.0  # for a client to take what the kernel does not hold; then the connection is cut
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 with the deadlines that it leaves to a proxy in front."""
+
+    _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
+            return
+        transport.set_write_buffer_limits(high=0)  # any byte that waits in this process starts the write deadline
+        self._expect_headers()
+
+    def data_received(self, data: bytes) -> None:
+        if self._idle:
+            self._expect_headers()
+        super().data_received(data)
+        if not self._idle:
+            self._header_timer = _cancel(self._header_timer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._header_timer, self._write_timer = _cancel(self._header_timer), _cancel(self._write_timer)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._write_timer = _cancel(self._write_timer)
+        super().resume_writing()
+
+    @property
+    def _idle(self) -> bool:
+        """Whether no request is under way."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _expect_headers(self) -> None:
+        if self._header_timer is None:
+            self._header_timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
