@@ -45,13 +45,15 @@ class BlockFloatCodec:
 
     def decode(self, encoded: Tensor, heads: int, width: int) -> Tensor:  # uint8 [rows, row_bytes] -> bfloat16 [rows, heads, width]
         form, plain = self.row, width - self.row.exact
-        sizes = [plain * form.bits // 8, 2 * form.exact, -(-plain // form.group) * form.scale_bytes]
+        blocks = -(-plain // form.group)
         vectors = encoded.unflatten(-1, (heads, -1))
-        codes, exact, scales, _ = (part.contiguous() for part in vectors.split([*sizes, vectors.shape[-1] - sum(sizes)], dim=-1))
+        sizes = [plain * form.bits // 8, 2 * form.exact, blocks * form.scale_bytes]
+        codes, exact, scales, _ = vectors.split([*sizes, vectors.shape[-1] - sum(sizes)], dim=-1)
         values = codes.view(torch.float8_e4m3fn).float() if form.bits == 8 else _unpacked_e2m1(codes)
-        scale = (scales.float() - _EXPONENT_BIAS).exp2() if form.scale_bytes == 1 else scales.view(torch.float32)
+        shape = (*vectors.shape[:-1], blocks)
+        scale = (scales.float() - _EXPONENT_BIAS).exp2() if form.scale_bytes == 1 else _as(scales, torch.float32).view(shape)
         values *= scale.repeat_interleave(form.group, -1)[..., :plain]
-        return torch.cat([values.bfloat16(), exact.view(torch.bfloat16)], dim=-1)
+        return torch.cat([values.bfloat16(), _as(exact, torch.bfloat16).view(*vectors.shape[:-1], form.exact)], dim=-1)
 
     def rounded(self, rows: Tensor) -> Tensor:  # [rows, heads, width]
         """The rows as they would be read again."""
@@ -81,11 +83,15 @@ def _spelled_scales(exponents: Tensor, scale_bytes: int) -> Tensor:  # int [...,
     return exponents.float().exp2().view(torch.uint8)
 
 
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:  # uint8 -> [numbers]
+    """Bytes read as numbers of another type, for which they must lie together."""
+    return x.reshape(-1).view(dtype)
+
+
 def _packed_e2m1(x: Tensor) -> Tensor:  # [..., width] in [-6, 6] -> uint8 [..., width / 2], the first of a pair in the low half
     middles = torch.tensor([(low + high) / 2 for low, high in pairwise(_E2M1)], device=x.device)
-    middles[1::2] = torch.nextafter(
-        middles[1::2], torch.zeros_like(middles[1::2])
-    )  # ties go to the even code: up from an odd one, else down
+    odd = middles[1::2]  # ties go to the even code: up from an odd one, else down
+    odd.copy_(torch.nextafter(odd, torch.zeros_like(odd)))
     codes = torch.bucketize(x.abs(), middles) + 8 * torch.signbit(x)
     low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
     return (low + 16 * high).to(torch.uint8)
