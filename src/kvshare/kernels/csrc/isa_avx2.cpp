@@ -1,0 +1,15 @@
+// The plain kernels compiled for AVX2, FMA and F16C.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+namespace kvshare {
+namespace avx2 {
+#include "blocks.h"
+#include "product.h"
+#include "attention.h"
+}  // namespace avx2
+const Isa isa_avx2 = {"avx2", avx2::round_row, avx2::multiply_rows, avx2::decode_rows, avx2::attend_rows<uint16_t>, avx2::attend_rows<float>};
+}  // namespace kvshare

@@ -1,0 +1,20 @@
+// AVX512 with VNNI, VBMI and BF16 (Zen 4, Sapphire Rapids and later).
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+#include "kernels.h"
+namespace kvshare {
+namespace avx512 {
+#include "blocks.h"
+#include "vectors_avx512.h"
+#include "product.h"
+#include "product_avx512.h"
+#include "attention.h"
+#include "attention_avx512.h"
+}  // namespace avx512
+const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_rows, avx512::attend_bf16, avx512::attend_rows<float>};
+}  // namespace kvshare

@@ -1,0 +1,13 @@
+// Plain C++ for any processor.
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+namespace kvshare {
+namespace plain {
+#include "blocks.h"
+#include "product.h"
+#include "attention.h"
+}  // namespace plain
+const Isa isa_plain = {"plain", plain::round_row, plain::multiply_rows, plain::decode_rows, plain::attend_rows<uint16_t>, plain::attend_rows<float>};
+}  // namespace kvshare

@@ -1,0 +1,81 @@
+// What every instruction set provides: one table of functions, filled once per set by isa_*.cpp and chosen at run time.
+#pragma once
+#include <cstdint>
+
+namespace kvshare {
+
+// How the rows of a weight are spelled: the block formats of GGUF, and plain bfloat16.
+enum class BlockType : int { BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
+
+struct BlockShape {
+    int64_t weights;  // numbers in a block
+    int64_t bytes;
+};
+
+constexpr BlockShape shape_of(BlockType type) {
+    switch (type) {
+        case BlockType::BF16: return {1, 2};
+        case BlockType::Q4_0: return {32, 18};
+        case BlockType::Q4_1: return {32, 20};
+        case BlockType::Q5_0: return {32, 22};
+        case BlockType::Q5_1: return {32, 24};
+        case BlockType::Q8_0: return {32, 34};
+        case BlockType::Q4_K: return {256, 144};
+        case BlockType::Q5_K: return {256, 176};
+        case BlockType::Q6_K: return {256, 210};
+    }
+    return {0, 0};
+}
+
+// One row of activations, rounded to 8 bits with a scale for every 32. Arrays reach to the next multiple of PADDED, with zeros.
+struct Activations {
+    int8_t* q;     // [k]
+    float* scale;  // [k / 32]
+    float* lanes;  // [k / 4] the scale again for each four of its q: what a vector of dot products is multiplied by
+    float* sum;    // [k / 32] scale times the sum of 32 q: what a minimum or an offset of the weights is multiplied by
+    float* sum16;  // [k / 16] the same for 16
+    float* exact;  // [k] the row before rounding, for BF16 weights
+};
+
+constexpr int64_t PADDED = 512;
+constexpr int64_t MAX_ROWS = 4;     // rows of activations that one call multiplies
+constexpr int64_t ATTEND_ROWS = 32;  // rows of the cache that one call attends to
+
+// The queries of one sequence and what has been summed up for them so far.
+struct AttendState {
+    const void* q;  // [kv_heads * group, key_width], in the type of the rows
+    float* maximum;  // [kv_heads * group] of the scores
+    float* weight;   // [kv_heads * group] sum of exp(score - maximum)
+    float* out;      // [kv_heads * group, value_width] sum of exp(score - maximum) * value
+    int kv_heads, group, key_width, value_width;
+    float scale, softcap;  // softcap 0: none
+};
+
+// Addresses of up to ATTEND_ROWS rows [kv_heads, width]; entries behind `count` repeat the last row. `next_*` will be asked for after these.
+struct AttendRows {
+    const uint8_t *k[ATTEND_ROWS], *v[ATTEND_ROWS];
+    const uint8_t *next_k[ATTEND_ROWS], *next_v[ATTEND_ROWS];
+    int count;
+};
+
+struct Isa {
+    const char* name;
+    // Fill weights [begin, end) of one row, multiples of 32 (`end` may be the padded length); x is float32, or bfloat16 where `bf16`.
+    void (*round)(const void* x, bool bf16, int64_t begin, int64_t end, int64_t k, const Activations& to);
+    // y[r * stride + n] = weights[n] . x[r] for `count` rows of weights of k numbers, and `rows` <= MAX_ROWS rows of activations.
+    void (*multiply)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride);
+    // `count` rows of weights as bfloat16 [count, k].
+    void (*decode)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, uint16_t* to);
+    void (*attend_bf16)(const AttendRows& rows, const AttendState& state);
+    void (*attend_fp32)(const AttendRows& rows, const AttendState& state);
+};
+
+// The sets that this build knows, best first; `usable` asks the processor. A set for AMX goes in front, with its own file and flags.
+extern const Isa isa_plain;
+#if defined(__x86_64__)
+extern const Isa isa_avx2, isa_avx512;
+#endif
+const Isa* isa_named(const char* name);  // nullptr: unknown, or this processor lacks it
+const Isa* best_isa();
+
+}  // namespace kvshare

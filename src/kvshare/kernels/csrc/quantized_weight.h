@@ -1,0 +1,42 @@
+// A matrix that stays in the blocks of its file, as one or more runs of rows (projections that lie behind one another may differ in format).
+#pragma once
+#include <vector>
+
+#include "kernels.h"
+
+namespace kvshare {
+
+struct Segment {
+    const uint8_t* rows;
+    int64_t count;
+    BlockType type;
+};
+
+class QuantizedWeight {
+  public:
+    // Throws std::invalid_argument where `in_features` is not whole blocks of every segment.
+    QuantizedWeight(std::vector<Segment> segments, int64_t in_features);
+
+    // out[r, n - begin] = weight[n] . x[r] for n in [begin, end); x and out are float32, or bfloat16 where `bf16`.
+    void multiply(const Isa& isa, const void* x, void* out, bool bf16, int64_t rows, int64_t begin, int64_t end) const;
+
+    // Rows [begin, end) as bfloat16.
+    void decode(const Isa& isa, int64_t begin, int64_t end, uint16_t* to) const;
+
+    int64_t in_features() const { return in_features_; }
+    int64_t out_features() const { return out_features_; }
+    int64_t bytes() const { return bytes_; }
+
+  private:
+    struct Piece {  // rows that one thread takes at once
+        const uint8_t* rows;
+        int64_t first, count;  // counted from `begin`
+        BlockType type;
+    };
+    std::vector<Piece> pieces(int64_t begin, int64_t end) const;
+
+    std::vector<Segment> segments_;
+    int64_t in_features_, out_features_ = 0, bytes_ = 0;
+};
+
+}  // namespace kvshare

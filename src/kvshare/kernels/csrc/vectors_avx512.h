@@ -1,0 +1,22 @@
+// What the AVX512 kernels share. Included once by isa_avx512.cpp inside its namespace.
+#pragma once
+
+// The sums of sixteen registers, in order.
+inline __m512 sums_of(const __m512* v) {
+    __m512 four[4];
+    for (int i = 0; i < 4; i++) {
+        __m512 two[2];
+        for (int j = 0; j < 2; j++) {
+            const __m512 a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
+            two[j] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        }
+        const __m512d a = _mm512_castps_pd(two[0]), b = _mm512_castps_pd(two[1]);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    __m512 half[2];
+    for (int i = 0; i < 2; i++) {
+        const __m512 a = four[2 * i], b = four[2 * i + 1];
+        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    return _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+}
