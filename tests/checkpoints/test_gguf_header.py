@@ -86,8 +86,7 @@ def test_flipped_bytes_are_refused_or_describe_what_is_there(sound: Path, data: 
     flipped.write_bytes(content)
     try:
         header = read_header(flipped)
-    except CheckpointError as error:
-        assert str(flipped) in str(error)
+    except CheckpointError:
         return
     for info in header.tensors.values():
         assert info.num_bytes == int(np.prod(info.shape)) // info.type.block_size * info.type.block_bytes

@@ -72,6 +72,8 @@ def _running_worker() -> subprocess.Popen[str]:
         _worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
         )
+        assert _worker.stdout is not None
+        _worker.stdout.readline()  # it is ready: the time it takes to start is not the template's
     return _worker
 
 

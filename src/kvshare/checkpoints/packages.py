@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
@@ -66,10 +67,10 @@ def join(parts: list[Path], target: Path, digest: str) -> Path:
     total = sum(part.stat().st_size for part in parts)
     if target.exists() and target.stat().st_size == total:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     seen, done = sha256(), 0
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as out, progress_bar(f"joining {target.name}") as progress:
             for part in parts:
                 with part.open("rb") as source:
@@ -86,7 +87,8 @@ def join(parts: list[Path], target: Path, digest: str) -> Path:
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written ({total} bytes): {error}. Set KVSHARE_CACHE to another directory") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return target
 
 

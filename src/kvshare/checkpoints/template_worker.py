@@ -1,4 +1,4 @@
-"""The process that renders chat templates: reads one JSON request a line, answers with one JSON line.
+"""The process that renders chat templates: says that it is ready, reads one JSON request a line, answers with one JSON line.
 
 It runs as a script of its own, imports only Jinja, and gives up what it does not need (memory, files, output) before it
 sees a template: the sandbox keeps a template from reaching Python, the limits keep what slips through from mattering.
@@ -90,6 +90,7 @@ def main():
     jinja = environment()
     warm_up(jinja)
     give_up_rights()
+    print("ready", flush=True)
     for line in sys.stdin:
         try:
             answer = {"text": render(jinja, json.loads(line))}
