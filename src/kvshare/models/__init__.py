@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvshare.errors import ConfigError
 from kvshare.layout import layout_from_config
-from kvshare.layout.config import text_config
+from kvshare.layout.config import Fields, text_config
+from kvshare.layout.rules.sharing import reader_projections
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 MODELS: Mapping[str, str] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "kvshare.models.llama:Llama"),
     "deepseek_v4": "kvshare.models.deepseek_v4:DeepseekV4",
+    **dict.fromkeys(("gemma3", "gemma3_text"), "kvshare.models.gemma3:Gemma3"),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "kvshare.models.gemma3n:Gemma3n"),
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), "kvshare.models.gemma4:Gemma4"),
     "laguna": "kvshare.models.laguna:Laguna",
     "zaya": "kvshare.models.zaya:Zaya",
@@ -38,6 +41,8 @@ def build_model(config: Mapping[str, Any], dtype: torch.dtype, kv_form: str = "p
         raise ConfigError("model_type", f"{model_type!r} can be planned but not run yet; run are {', '.join(sorted(MODELS))}")
     module, name = MODELS[model_type].split(":")
     family = getattr(importlib.import_module(module), name)
+    if reader_projections(Fields(config)) and not family.takes_reader_projections:
+        raise ConfigError("kv_sharing_projections", f"{model_type} runs owner maps, but without projections of its readers")
     with torch.device("meta"):
         model = family(config, layout)
     return model.to(dtype)

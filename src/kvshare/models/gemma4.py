@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvshare.cache.step import KeyRebuild, Step
+from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.activations import geglu
 from kvshare.layers.experts import Experts
 from kvshare.layers.gated_mlp import GatedMlp
-from kvshare.layers.key_from_value import KeyRotations, rebuilt_keys, rotated_part
+from kvshare.layers.key_from_value import KeyRotations
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
 from kvshare.layers.per_layer_embedding import PerLayerEmbedding
-from kvshare.layers.rotary import Rotation
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
-from kvshare.models.gemma_base import Context, GemmaModel
+from kvshare.models.gemma_attention import Attention, AttentionShape
+from kvshare.models.gemma_base import Context, GemmaModel, block_sources, per_layer_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,52 +66,6 @@ class Gemma4Config:
             experts_per_token=fields.integer("top_k_experts") if sparse else 0,
             expert_width=fields.integer("moe_intermediate_size") if sparse else 0,
         )
-
-
-class Attention(nn.Module):
-    """Queries, keys and values are normed head by head; the weights of those norms take the place of 1 / sqrt(width)."""
-
-    def __init__(self, config: Gemma4Config, layout: CacheLayout, index: int, key_rotations: KeyRotations):
-        super().__init__()
-        self.index, self.key_rotations = index, key_rotations
-        streams = layout.streams_of(index)
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, streams[0].heads, streams[0].width
-        self.q_size = self.num_heads * self.head_dim
-        self.stored = {stream.name for stream in streams}
-        self.rebuild: KeyRebuild | None = None  # how the owner's keys are made, where they are not stored
-        self.q_norm = RMSNorm(self.head_dim, config.eps)
-        self.num_projections = 1  # a reader has no keys and values of its own
-        if layout.owner[index] == index:
-            self.num_projections = 2 if config.key_is_value and layout.layers[index].kind == "full" else 3
-            self.k_norm = RMSNorm(self.head_dim, config.eps)
-            self.v_norm = RMSNorm(self.head_dim, config.eps, weighted=False)
-        kv_size = (self.num_projections - 1) * self.num_kv_heads * self.head_dim
-        self.qkv = Linear(config.hidden_size, self.q_size + kv_size, config.bias)
-        self.output = Linear(self.q_size, config.hidden_size, config.bias)
-
-    def append(self, x: Tensor, rotation: Rotation, step: Step) -> Tensor | None:  # [tokens, hidden]
-        """Keys and values of every token go into the cache. Returns the queries' projection where every token goes on."""
-        start = self.q_size if step.narrows(self.index) else 0
-        projected = self.qkv.part(x, start, self.qkv.weight.shape[0])
-        q, kv = projected.split((self.q_size - start, projected.shape[-1] - self.q_size + start), dim=-1)
-        kv = kv.unflatten(-1, (-1, self.num_kv_heads, self.head_dim))  # [tokens, 1 or 2, kv_heads, head_dim]
-        rows = {"v": self.v_norm(kv[:, -1])}
-        if "k" in self.stored:
-            rows["k"] = rotation.half_split(self.k_norm(kv[:, 0]))
-        elif "k_rotated" in self.stored:
-            rows["k_rotated"] = rotated_part(rotation.half_split(self.k_norm(kv[:, 0])), self.key_rotations.moving)
-        step.append(self.index, rows)
-        return None if start else q
-
-    def keys_from(self, rows: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # -> [rows, kv_heads, head_dim]
-        """This owner's keys from what it stores: a `KeyRebuild`."""
-        return rebuilt_keys(rows, positions, self.k_norm.weight, self.key_rotations)
-
-    def forward(self, x: Tensor, q: Tensor | None, rotation: Rotation, step: Step) -> Tensor:  # [tokens, hidden]
-        q = self.qkv.part(x, 0, self.q_size) if q is None else q
-        q = rotation.half_split(self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))))
-        out = step.attend(self.index, q, scale=1.0, rebuild=self.rebuild)
-        return self.output(out.flatten(1))
 
 
 class Router(nn.Module):
@@ -172,7 +126,9 @@ class Block(nn.Module):
         super().__init__()
         self.index, self.kind, self.owns = index, layout.layers[index].kind, layout.owner[index] == index
         self.attention_norm = RMSNorm(config.hidden_size, config.eps)
-        self.attention = Attention(config, layout, index, key_rotations)
+        shape = AttentionShape(config.hidden_size, config.num_heads, config.eps, config.bias)
+        key_is_value = config.key_is_value and self.kind == "full"
+        self.attention = Attention(shape, layout, index, key_rotations if key_is_value else None)
         self.attention_out_norm = RMSNorm(config.hidden_size, config.eps)
         wide = 2 if config.wide_readers and not self.owns else 1
         self.feed_forward = FeedForward(config, wide * config.intermediate_size)
@@ -227,30 +183,11 @@ class Gemma4(GemmaModel):
     def weight_sources(self) -> dict[str, Source]:
         sources = self.base_sources()
         if self.per_layer is not None:
-            sources |= {f"per_layer.{name}": Source((source,)) for name, source in _PER_LAYER_NAMES.items()}
-        for name in self.blocks.state_dict():
-            index, part = name.split(".", 1)
-            sources[f"blocks.{name}"] = Source(tuple(f"model.layers.{index}.{each}" for each in self._names(int(index), part)))
-        return sources
-
-    def _names(self, index: int, part: str) -> tuple[str, ...]:
-        """The names in a layer of the tensors that make up one parameter of its block."""
-        if part in _BLOCK_NAMES:
-            return (_BLOCK_NAMES[part],)
-        module, kind = part.rsplit(".", 1)
-        names = _MODULE_NAMES[module]
-        if module == "attention.qkv":
-            names = names[: self.blocks[index].attention.num_projections]
-        return tuple(f"{each}.{kind}" for each in names)
+            sources |= per_layer_sources()
+        return sources | block_sources(self.blocks, _MODULE_NAMES, _TENSOR_NAMES)
 
 
-_PER_LAYER_NAMES = {
-    "table": "model.embed_tokens_per_layer.weight",
-    "projection.weight": "model.per_layer_model_projection.weight",
-    "norm.weight": "model.per_layer_projection_norm.weight",
-}
-
-_BLOCK_NAMES = {
+_TENSOR_NAMES = {
     "layer_scalar": "layer_scalar",
     "feed_forward.router.scale": "router.scale",
     "feed_forward.router.expert_scale": "router.per_expert_scale",
@@ -260,10 +197,6 @@ _BLOCK_NAMES = {
 
 _MODULE_NAMES = {
     "attention_norm": ("input_layernorm",),
-    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention.q_norm": ("self_attn.q_norm",),
-    "attention.k_norm": ("self_attn.k_norm",),
-    "attention.output": ("self_attn.o_proj",),
     "attention_out_norm": ("post_attention_layernorm",),
     "feed_forward.norm": ("pre_feedforward_layernorm",),
     "feed_forward.mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),

@@ -19,6 +19,7 @@ from kvshare.layers.per_layer_embedding import PerLayerInputs, scaled_embedding
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
+from kvshare.models.gemma_attention import Attention
 from kvshare.models.model import Model
 
 _LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0
@@ -93,3 +94,32 @@ class GemmaModel(Model):
         if self.head is not None:
             sources["head.weight"] = Source(("lm_head.weight",))
         return sources
+
+
+def per_layer_sources() -> dict[str, Source]:
+    """Where the parameters of a model's `per_layer` (a `PerLayerEmbedding`) come from."""
+    return {
+        "per_layer.table": Source(("model.embed_tokens_per_layer.weight",)),
+        "per_layer.projection.weight": Source(("model.per_layer_model_projection.weight",)),
+        "per_layer.norm.weight": Source(("model.per_layer_projection_norm.weight",)),
+    }
+
+
+def block_sources(blocks: nn.ModuleList, modules: Mapping[str, tuple[str, ...]], tensors: Mapping[str, str]) -> dict[str, Source]:
+    """Where the parameters of `blocks` come from.
+
+    `modules` names the checkpoint's modules that make up one of a block's, `tensors` those parameters that are no module's
+    weight; what lies in a block's `attention` names itself.
+    """
+    sources = {}
+    for name in blocks.state_dict():
+        index, part = name.split(".", 1)
+        module, _, kind = part.rpartition(".")
+        if part in tensors:
+            names: tuple[str, ...] = (tensors[part],)
+        else:
+            parent, _, child = module.rpartition(".")
+            attention: Attention = blocks[int(index)].attention
+            names = tuple(f"{each}.{kind}" for each in (attention.names(child) if parent == "attention" else modules[module]))
+        sources[f"blocks.{name}"] = Source(tuple(f"model.layers.{index}.{each}" for each in names))
+    return sources
