@@ -54,7 +54,7 @@ def generate(
 ) -> None:
     """Complete a prompt.
 
-    The prompt is continued as it stands, for instruction-tuned models too: --chat makes it a user's message, `kvshare chat` holds a conversation.
+    The prompt is continued as it stands, for instruction-tuned models too: --chat makes it a message, `kvshare chat` is a conversation.
     The text goes to stdout as it comes, everything else to stderr. Ctrl-C ends the answer (exit status 130).
     """
     if logprobs is not None and not as_json:
