@@ -39,4 +39,7 @@ def layout_from_config(config: Mapping[str, Any], kv_form: str = "plain") -> Cac
     if kv_form not in KV_FORMS:
         raise ConfigError("kv_layout", f"unknown form {kv_form!r}: choose one of {', '.join(KV_FORMS)}")
     fields = Fields(text_config(config))
-    return rule_for(fields)(fields, kv_form)
+    layout = rule_for(fields)(fields, kv_form)
+    if fields.has("kv_sharing") and list(layout.owner) != fields.get("kv_sharing"):
+        raise ConfigError("kv_sharing", f"{layout.model_type} takes no owner map: what its layers store cannot be read by another layer")
+    return layout

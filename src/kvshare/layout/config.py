@@ -42,6 +42,7 @@ _OUTER_FIELDS = (
     "quantization_config",
     "tie_word_embeddings",
     "kv_sharing",
+    "kv_sharing_projections",
     "backbone_hidden_size",
     "use_ordered_embeddings",
     "num_centroids",

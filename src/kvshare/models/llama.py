@@ -14,9 +14,11 @@ from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
+from kvshare.layers.reader import KeyProjection, fold_value_projection
 from kvshare.layers.rotary import Rotation, frequencies
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
+from kvshare.layout.rules.sharing import reader_projections
 from kvshare.models.model import Model
 
 
@@ -34,6 +36,7 @@ class LlamaConfig:
     qkv_bias: bool  # Qwen 2
     output_bias: bool
     mlp_bias: bool
+    reader_projections: frozenset[str]  # of "k" and "v": what every reader of an owner map has a matrix for
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> LlamaConfig:
@@ -58,6 +61,7 @@ class LlamaConfig:
             qkv_bias=bool(fields.get("attention_bias", family == "qwen2")),
             output_bias=bool(fields.get("attention_bias", False)) and family != "qwen2",
             mlp_bias=bool(fields.get("mlp_bias", False)),
+            reader_projections=reader_projections(fields),
         )
 
 
@@ -73,6 +77,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.eps) if config.qk_norm and kv_heads else None
         self.q_size = self.num_heads * self.head_dim
+        projects = "k" in config.reader_projections and not kv_heads
+        self.key_projection = KeyProjection(self.num_kv_heads, self.head_dim) if projects else None
 
     def append(self, x: Tensor, rotation: Rotation, step: Step) -> None:  # [tokens, hidden]
         """Keys and values of every token go into the cache, keys rotated."""
@@ -86,8 +92,10 @@ class Attention(nn.Module):
         q = self.qkv.part(x, 0, self.q_size).unflatten(-1, (self.num_heads, self.head_dim))
         if self.q_norm is not None:
             q = self.q_norm(q)
-        out = step.attend(self.index, rotation.half_split(q), scale=self.head_dim**-0.5)
-        return self.output(out.flatten(1))
+        q = rotation.half_split(q)
+        if self.key_projection is not None:
+            q = self.key_projection(q)
+        return self.output(step.attend(self.index, q, scale=self.head_dim**-0.5).flatten(1))
 
 
 class Mlp(nn.Module):
@@ -124,6 +132,8 @@ class Block(nn.Module):
 
 
 class Llama(Model):
+    takes_reader_projections = True
+
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
         super().__init__()
         self.config = LlamaConfig.read(config)
@@ -153,8 +163,12 @@ class Llama(Model):
         for name, _ in self.blocks.named_parameters():
             index, part = name.split(".", 1)
             module, kind = part.rsplit(".", 1)
-            names = _BLOCK_NAMES[module] if self.blocks[int(index)].owns or module != "attention.qkv" else ("self_attn.q_proj",)
-            sources[f"blocks.{name}"] = Source(tuple(f"model.layers.{index}.{each}.{kind}" for each in names))
+            reads = not self.blocks[int(index)].owns
+            names = ("self_attn.q_proj",) if reads and module == "attention.qkv" else _BLOCK_NAMES[module]
+            combine = None
+            if reads and part == "attention.output.weight" and "v" in self.config.reader_projections:
+                names, combine = (*names, "self_attn.shared_v_proj"), fold_value_projection
+            sources[f"blocks.{name}"] = Source(tuple(f"model.layers.{index}.{each}.{kind}" for each in names), combine)
         return sources
 
 
@@ -164,6 +178,7 @@ _BLOCK_NAMES = {
     "attention.output": ("self_attn.o_proj",),
     "attention.q_norm": ("self_attn.q_norm",),
     "attention.k_norm": ("self_attn.k_norm",),
+    "attention.key_projection": ("self_attn.shared_k_proj",),
     "mlp_norm": ("post_attention_layernorm",),
     "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down": ("mlp.down_proj",),

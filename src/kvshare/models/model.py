@@ -24,6 +24,7 @@ class Model(nn.Module, ABC):
     vocab_size: int
     memory_mapped: frozenset[str] = frozenset()  # parameters that stay views of the file (large tables read a few rows at a time)
     keep_float32: frozenset[str] = frozenset()  # parameters that are not cast to the model's dtype
+    takes_reader_projections = False  # whether readers may have `layers.reader` maps of their own
 
     @abstractmethod
     def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] int64 -> [rows kept, hidden]

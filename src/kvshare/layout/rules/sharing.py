@@ -17,6 +17,22 @@ def explicit_owners(fields: Fields, count: int) -> list[int] | None:
     return owners
 
 
+PROJECTIONS = ("k", "v")
+"""What a reader may see its owner's rows through: A_k on its rotated queries, A_v on what attention sums up."""
+
+
+def reader_projections(fields: Fields) -> frozenset[str]:
+    """`kv_sharing_projections`: which of `PROJECTIONS` every reader of a `kv_sharing` map has a matrix for; none where it is left out."""
+    names = fields.get("kv_sharing_projections", [])
+    if not isinstance(names, list):
+        raise ConfigError("kv_sharing_projections", f"must be a list of some of {', '.join(PROJECTIONS)}, not {names!r}")
+    for name in names:
+        fields.choice("kv_sharing_projections", name, dict.fromkeys(PROJECTIONS))
+    if names and not fields.has("kv_sharing"):
+        raise ConfigError("kv_sharing_projections", "without kv_sharing there is no reader that could have them")
+    return frozenset(names)
+
+
 def with_owners(layers: Sequence[LayerCache], owners: Sequence[int], field: str) -> tuple[LayerCache, ...]:
     """`layers`, each described as if it stored its own rows, with those that `owners` makes readers emptied.
 
