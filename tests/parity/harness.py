@@ -53,8 +53,8 @@ def load(directory: Path, dtype: torch.dtype = torch.float32, kv_form: str = "pl
 class Paged:
     """A model, an arena and the sequences in it, driven by hand. Checks the plan against the arena after every step."""
 
-    def __init__(self, model: Model, sequences: int, context: int = 512, dtype: torch.dtype = torch.float32):
-        self.model, self.precision = model, PRECISION[dtype]
+    def __init__(self, model: Model, sequences: int, context: int = 512, dtype: torch.dtype = torch.float32, precision: str | None = None):
+        self.model, self.precision = model, precision or PRECISION[dtype]
         page_bytes = model.layout.page_bytes(self.precision)
         pages = model.layout.peak_pages(context, sequences, self.precision, chunk=context) + 8
         self.arena = Arena(pages, page_bytes)
@@ -83,9 +83,9 @@ def one_shot(model: Model, ids: Tensor) -> Tensor:  # [sequences, tokens] -> [se
     return model.logits(model(ids.flatten(), step)).unflatten(0, ids.shape)
 
 
-def chunked(model: Model, ids: Tensor, sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+def chunked(model: Model, ids: Tensor, sizes: Sequence[int], dtype: torch.dtype = torch.float32, precision: str | None = None) -> Tensor:
     """All sequences side by side through the arena, `sizes` tokens a step."""
-    paged, outs, start = Paged(model, len(ids), dtype=dtype), [], 0
+    paged, outs, start = Paged(model, len(ids), dtype=dtype, precision=precision), [], 0
     for size in sizes:
         outs.append(paged.step([row[start : start + size] for row in ids]).unflatten(0, (len(ids), size)))
         start += size

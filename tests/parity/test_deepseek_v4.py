@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity.harness import assert_equals_oracle, load, one_shot, oracle_logits, random_ids, randomise
+from parity.harness import assert_equals_oracle, chunked, load, one_shot, oracle_logits, random_ids, randomise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
@@ -120,3 +120,17 @@ def test_mixing_matrix_is_doubly_stochastic() -> None:
     mixed = sinkhorn(torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(0)).softmax(-1), 20, 1e-6)
     assert torch.allclose(mixed.sum(-1), torch.ones(5, 4), atol=1e-4)
     assert torch.allclose(mixed.sum(-2), torch.ones(5, 4), atol=1e-4)
+
+
+def test_native_rows_hold_what_published_rounding_leaves(tmp_path: Path) -> None:
+    """A cache of float32 rows that were rounded and one of native rows, of a quarter of the bytes, give the same logits."""
+    build().save_pretrained(tmp_path)
+    ids = random_ids(BASE["vocab_size"], tokens=TOKENS)
+    exact = one_shot(load(tmp_path), ids)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "cache_rounding": "published"}))
+    model = load(tmp_path)
+    for sizes in ([TOKENS], [17, 1, 3, 1, TOKENS - 22], [1] * TOKENS):
+        rounded = chunked(model, ids, sizes)
+        assert (chunked(model, ids, sizes, precision="native") - rounded).abs().max() < 1e-5
+        assert (rounded - exact).abs().mean() > 0.01

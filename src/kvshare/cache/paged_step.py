@@ -75,6 +75,13 @@ class PagedStep(Step):
             self._gathered[key] = (first, decoded)
         return decoded
 
+    def _read_rows(self, layer: int, stream: Stream, sequence: int, rows: Tensor) -> Tensor:
+        table = self.caches[sequence].tables[layer, stream.name]
+        pages = torch.tensor(table.pages, dtype=torch.long, device=rows.device)
+        places = pages[rows // table.rows_per_page - table.first_page], rows % table.rows_per_page
+        encoded = self.caches[sequence].arena.rows(self.cache.row_bytes[layer, stream.name])[places]  # [n, row_bytes]
+        return self.cache.codecs[layer, stream.name].decode(encoded, stream.heads, stream.width)
+
     def state(self, layer: int, name: str) -> Tensor:
         described = state_named(self.layout.layers[layer], name)
         offset = self.cache.state_offsets[layer, name]

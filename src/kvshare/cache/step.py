@@ -171,6 +171,10 @@ class Step(ABC):
     def _read(self, layer: int, stream: Stream, sequence: int, first: int, end: int) -> Tensor:
         """Rows `first:end` of a stream: [rows, heads, width]."""
 
+    def _read_rows(self, layer: int, stream: Stream, sequence: int, rows: Tensor) -> Tensor:  # [n] -> [n, heads, width]
+        """Some rows of a stream, in the order given."""
+        return self._read(layer, stream, sequence, 0, self.new_rows(stream, sequence)[1])[rows]
+
     # ---- which rows a query sees
 
     def _live(self, stream: Stream, first_position: int, sequence: int) -> tuple[int, int]:
@@ -188,14 +192,18 @@ class Step(ABC):
         for stream in layer.streams:
             first, _ = self._live(stream, span.first, sequence)
             limits[stream.name] = (first, (span.last + 1) // stream.tokens_per_row)
-        read = {s.name: self._read(owner, s, sequence, *limits[s.name]) for s in layer.streams if s.name != "index"}
-        chosen = entries[span.start : span.end] if entries is not None else None
         streams = _key_streams(layer)
-        selects = chosen is not None and any(stream.top_k for stream in streams)
+        chosen = entries[span.start : span.end] if entries is not None and any(stream.top_k for stream in streams) else None
+        if chosen is not None and span.count == 1:  # a decode step reads no more than what was selected
+            rows = chosen[chosen >= 0].sort().values
+            selected = {s.name: self._read_rows(owner, s, sequence, rows) for s in streams if s.top_k}
+            read = {s.name: selected[s.name] if s.top_k else self._read(owner, s, sequence, *limits[s.name]) for s in streams}
+            return *_keys_and_values(layer, read, limits, rebuild, q), None, False
+        read = {s.name: self._read(owner, s, sequence, *limits[s.name]) for s in layer.streams if s.name != "index"}
         mask, causal = None, False
-        if len(streams) == 1 and not selects and span.count > 1 and _is_causal(streams[0], limits[streams[0].name][0], span):
+        if len(streams) == 1 and chosen is None and span.count > 1 and _is_causal(streams[0], limits[streams[0].name][0], span):
             causal = True
-        elif span.count > 1 or selects:
+        elif span.count > 1:
             masks = [self._mask(stream, limits[stream.name], span, q, chosen) for stream in streams]
             mask = masks[0] if len(masks) == 1 else torch.cat(masks, dim=1)
         k, v = _keys_and_values(layer, read, limits, rebuild, q)

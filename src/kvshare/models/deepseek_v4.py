@@ -6,6 +6,10 @@ of them; what lies further back it sees only as compressed entries: CSA layers (
 the window are attended to as well.
 
 Because K = V and keys are rotated, the values are rotated too: the output is rotated back at the query's position.
+
+With `"cache_rounding": "published"` in the config, rows and indexer queries are rounded as DeepSeek's inference code rounds them (the
+model was trained to bear it): 8 bits for the numbers that are not rotated, and a Hadamard transform and 4 bits in the indexer. The
+precision "native" stores rows so rounded without further loss. transformers, the default here, rounds nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvshare.cache.codecs.deepseek import BlockFloatCodec, hadamard
 from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
@@ -59,6 +64,7 @@ class DeepseekV4Config:
     hc_eps: float
     eps: float
     rope: Mapping[str, Frequencies]  # "main" for layers with a window only, "compress" for the others
+    rounds_cache: bool  # as the published inference code does
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> DeepseekV4Config:
@@ -70,6 +76,9 @@ class DeepseekV4Config:
             fields.choice(name, fields.get(name, known), {known: None})
         kinds = fields.list_of("mlp_layer_types", layers, str) or []
         num_hashed = fields.integer("num_hash_layers", 3, least=0)
+        rounds = fields.choice("cache_rounding", fields.get("cache_rounding", "none"), {"none": False, "published": True})
+        if rounds and fields.integer("index_head_dim").bit_count() != 1:
+            raise ConfigError("cache_rounding", "published: the indexer's Hadamard transform needs a power of two as index_head_dim")
         return DeepseekV4Config(
             fields.integer("hidden_size"),
             fields.integer("vocab_size"),
@@ -94,6 +103,7 @@ class DeepseekV4Config:
             float(fields.get("hc_eps", 1e-6)),
             float(fields.get("rms_norm_eps", 1e-6)),
             _rope(fields),
+            rounds,
         )
 
 
@@ -131,6 +141,7 @@ class Attention(nn.Module):
         indexed = "index" in streams  # CSA: entries overlap, and an indexer selects them
         self.compressor = Compressor(self.head_dim, self.ratio, indexed, config.eps, index, "open") if self.ratio else None
         self.index_compressor = Compressor(config.index_width, self.ratio, True, config.eps, index, "open_index") if indexed else None
+        self.rounding = {name: BlockFloatCodec(stream.native) for name, stream in streams.items() if config.rounds_cache and stream.native}
         self.index_heads, self.index_width, self.top_k = config.index_heads, config.index_width, config.index_top_k
 
         # everything that is cached, in one product: the key-value vector, then C and Z of each compressor
@@ -157,8 +168,8 @@ class Attention(nn.Module):
         if self.compressor is not None:
             rows["entry"] = self.compressor(*projected[:2], facts.blocks[self.ratio], step)
         if self.index_compressor is not None:
-            rows["index"] = self.index_compressor(*projected[2:], facts.blocks[self.ratio], step)
-        step.append(self.index, rows)
+            rows["index"] = self._index_space(self.index_compressor(*projected[2:], facts.blocks[self.ratio], step))
+        step.append(self.index, {name: self._rounded(name, each) for name, each in rows.items()})
 
     def forward(self, x: Tensor, facts: TokenFacts, step: Step) -> Tensor:  # [tokens, hidden]
         rotation = facts.rotations[self.rope]
@@ -177,7 +188,14 @@ class Attention(nn.Module):
             return None
         q = rotation.interleaved(self.index_query(residual).unflatten(-1, (self.index_heads, self.index_width)))
         weights = self.index_weights(x).float() * (self.index_heads * self.index_width) ** -0.5
-        return select_rows(step, self.index, q, weights, self.top_k, self.ratio)
+        return select_rows(step, self.index, self._rounded("index", self._index_space(q)), weights, self.top_k, self.ratio)
+
+    def _index_space(self, x: Tensor) -> Tensor:  # [..., heads, index_width]
+        """Indexer queries and keys as they are compared: before 4 bits spread over all dimensions, which keeps inner products."""
+        return hadamard(x) if self.rounding else x
+
+    def _rounded(self, stream: str, x: Tensor) -> Tensor:  # [rows, heads, width]
+        return self.rounding[stream].rounded(x) if self.rounding else x
 
 
 class Router(nn.Module):
