@@ -15,7 +15,7 @@ VOCAB, ENTRIES = 176, 160
 
 
 def tiny_gemma3n(directory: Path, **changes: Any) -> transformers.PreTrainedModel:
-    """A random model of E2B's structure, saved to `directory`. Its per-layer table is shorter than its vocabulary, as the released ones are."""
+    """A random model of E2B's structure, saved to `directory`; its per-layer table is shorter than its vocabulary, as released ones are."""
     base = {
         "vocab_size": VOCAB,
         "vocab_size_per_layer_input": ENTRIES,

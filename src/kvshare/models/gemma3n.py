@@ -1,8 +1,8 @@
 """Gemma 3n (Google DeepMind 2025), text only: E2B and E4B.
 
-Four residual streams that only one block a layer works on (AltUp, Baykal et al. 2023), a low-rank residual beside attention (LAuReL, Menghani et
-al. 2024), feed-forward layers of which the first keep only the largest gates, per-layer embeddings, and last layers that
-read the last owner of their kind.
+Four residual streams of which a block works on one (AltUp, Baykal et al. 2023), a low-rank residual beside attention (LAuReL, Menghani
+et al. 2024), feed-forward layers of which the first keep only the largest gates, per-layer embeddings, and last layers that read the
+last owner of their kind.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Gemma3nConfig:
         fields = Fields(config)
         if fields.integer("altup_active_idx", 0, least=0) != 0:
             raise ConfigError(
-                "altup_active_idx", f"{fields.get('altup_active_idx')}: only models whose blocks work on the first stream are known"
+                "altup_active_idx", f"{fields.get('altup_active_idx')}: blocks that work on another stream than the first do not run"
             )
         hidden, eps = fields.integer("hidden_size"), float(fields.get("rms_norm_eps", 1e-6))
         heads, bias = fields.integer("num_attention_heads", 8), bool(fields.get("attention_bias", False))
@@ -72,7 +72,7 @@ class Gemma3nConfig:
 
 
 class AltUp(nn.Module):
-    """Alternating updates: predicts all streams of a layer's output from its input, runs the layer on one, corrects the others by what that one missed."""
+    """Alternating updates: predicts all streams behind a layer, runs the layer on one, corrects the others by what that one missed."""
 
     def __init__(self, config: Gemma3nConfig):
         super().__init__()

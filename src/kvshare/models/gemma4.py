@@ -160,10 +160,11 @@ class Gemma4(GemmaModel):
         self.config = Gemma4Config.read(config)
         width, count = self.config.per_layer_width, len(layout.layers)
         key_rotations = KeyRotations(self.frequencies["full"])
-        self.blocks = nn.ModuleList(Block(self.config, layout, index, key_rotations) for index in range(count))
-        for index, owner in enumerate(layout.owner):
-            if "k" not in self.blocks[owner].attention.stored:
-                self.blocks[index].attention.rebuild = self.blocks[owner].attention.keys_from
+        blocks = [Block(self.config, layout, index, key_rotations) for index in range(count)]
+        for block, owner in zip(blocks, layout.owner, strict=True):
+            if "k" not in block.attention.stored:
+                block.attention.rebuild = blocks[owner].attention.keys_from
+        self.blocks = nn.ModuleList(blocks)
         entries, hidden, eps = self.config.per_layer_entries, self.config.hidden_size, self.config.eps
         self.per_layer = PerLayerEmbedding(entries, count, width, hidden, eps) if width else None
 

@@ -1,4 +1,4 @@
-"""Attention as Gemma 3, 3n and 4 have it: queries and keys normed head by head before they are rotated, one projection for all, readers of other layers.
+"""Attention as Gemma 3, 3n and 4 have it: queries and keys normed head by head and then rotated; some layers read another's rows.
 
 Gemma 3n and 4 also norm the values, without a weight, and use no 1 / sqrt(width): the norms' weights set the scale. In Gemma 4's
 full layers keys and values may be two norms of one projection (`layers/key_from_value.py`).
@@ -70,6 +70,7 @@ class Attention(nn.Module):
     def keys_from(self, rows: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # -> [rows, kv_heads, head_dim]
         """This owner's keys from what it stores: a `KeyRebuild`."""
         assert self.key_rotations is not None
+        assert self.k_norm.weight is not None
         return rebuilt_keys(rows, positions, self.k_norm.weight, self.key_rotations)
 
     def forward(self, x: Tensor, q: Tensor | None, rotation: Rotation, step: Step) -> Tensor:  # [tokens, hidden]

@@ -119,7 +119,8 @@ def block_sources(blocks: nn.ModuleList, modules: Mapping[str, tuple[str, ...]],
             names: tuple[str, ...] = (tensors[part],)
         else:
             parent, _, child = module.rpartition(".")
-            attention: Attention = blocks[int(index)].attention
-            names = tuple(f"{each}.{kind}" for each in (attention.names(child) if parent == "attention" else modules[module]))
+            attention = blocks[int(index)].attention
+            own = attention.names(child) if parent == "attention" and isinstance(attention, Attention) else modules[module]
+            names = tuple(f"{each}.{kind}" for each in own)
         sources[f"blocks.{name}"] = Source(tuple(f"model.layers.{index}.{each}" for each in names))
     return sources
