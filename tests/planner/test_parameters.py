@@ -68,4 +68,10 @@ def test_readers_of_an_owner_map_have_no_keys_and_values_to_project():
         count_parameters(Fields(plain), layout_from_config(plain)).total
         - count_parameters(Fields(mapped), layout_from_config(mapped)).total
     )
+    projected = {**mapped, "kv_sharing_projections": ["k", "v"]}
+    added = (
+        count_parameters(Fields(projected), layout_from_config(projected)).total
+        - count_parameters(Fields(mapped), layout_from_config(mapped)).total
+    )
+    assert added == 3 * 2 * 8 * 8  # A_k of each reader's two heads; A_v is folded into its output projection
     assert difference == 3 * 2 * BASE["hidden_size"] * BASE["num_key_value_heads"] * BASE["head_dim"]

@@ -210,6 +210,9 @@ _FAMILIES: Mapping[str, Callable[[_Keys], dict[str, Any]]] = {
     "gemma4": _gemma4,
 }
 
+ARCHITECTURES = frozenset(_FAMILIES)
+"""The architectures (`general.architecture`) that load from GGUF."""
+
 
 def _rope(keys: _Keys) -> dict[str, Any]:
     """Rotation of the layers that see everything: frequencies and, for longer contexts, how they are stretched."""

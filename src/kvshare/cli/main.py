@@ -45,7 +45,7 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        return name, _load(name) if name in VERBS else command, rest
+        return name, _load(name) if name is not None and name in VERBS else command, rest
 
 
 def _load(name: str) -> Any:

@@ -52,7 +52,8 @@ def print_comparison(reports: Sequence[ModelPlan]) -> None:
             table.add_column(report.model.name, justify="right", width=width)
         columns = [_column(report) for report in reports[start : start + abreast]]
         for label in columns[0]:
-            table.add_row(label, *(column[label] for column in columns))
+            if any(column[label] != "-" for column in columns):
+                table.add_row(label, *(column[label] for column in columns))
         console.print(table)
     _print_warnings(console, reports)
 

@@ -56,9 +56,9 @@ def save_plot(reports: Sequence[ModelPlan], path: Path) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(handles)), key=lambda i: -float(handles[i].get_ydata()[-1]))  # the order of the lines' right ends
-    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside right upper", frameon=False)
+    named = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    named.sort(key=lambda line: -float(line.get_path().vertices[-1][1]))  # the order in which the lines end
+    figure.legend(named, [str(line.get_label()) for line in named], loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -110,7 +110,7 @@ def owners(fields: Fields, types: list[str]) -> list[int]:
 
 
 def shared_by_type(fields: Fields, kv_form: str) -> CacheLayout:
-    """Gemma's rule: the last `num_kv_shared_layers` layers read the last owner of their own attention type."""
+    """Keys and values, in sliding layers of a window; the last `num_kv_shared_layers` layers read the last owner of their own type."""
     types = layer_types(fields, fields.integer("num_hidden_layers"))
     layers = []
     for index, layer_type in enumerate(types):

@@ -116,7 +116,7 @@ _OPENELM_NAMES = {
 
 
 def openelm(fields: Fields, kv_form: str) -> CacheLayout:
-    """OpenELM: a list of query and key-value heads by layer, under names of its own."""
+    """Keys and values in every layer, with a number of heads for each, under names of its own."""
     renamed: dict[str, Any] = {_OPENELM_NAMES.get(name, name): value for name, value in fields.config.items()}
     return grouped_queries(Fields(renamed), kv_form)
 

@@ -7,42 +7,32 @@ layers that read another layer's cache, no buffers (routers' correction tables).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from kvshare.errors import ConfigError
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
+from kvshare.planner.parameters import deepseek, gemma, plain, zaya
+from kvshare.planner.parameters.counted import Parameters
 
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """Numbers of weights. `per_layer_tables` (Gemma's per-layer embeddings) are read a few rows a token and can stay on disk."""
-
-    resident: int
-    per_layer_tables: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.resident + self.per_layer_tables
-
+__all__ = ["COUNTERS", "Parameters", "count_parameters"]
 
 Counter = Callable[[Fields, CacheLayout], Parameters]
 """Counts from the fields of a text config and the layout (which knows heads, widths and readers)."""
 
+COUNTERS: Mapping[str, Counter] = {
+    **dict.fromkeys(plain.FEATURES, plain.count),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), gemma.count_gemma3),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), gemma.count_gemma3n),
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), gemma.count_gemma4),
+    "zaya": zaya.count,
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32"), deepseek.count_latent),
+    "deepseek_v4": deepseek.count_compressed,
+}
+"""The counter of each `model_type`."""
+
 
 def count_parameters(fields: Fields, layout: CacheLayout) -> Parameters:
     """The weights of this model. Raises `ConfigError` where the family has no counter or a field is missing."""
-    from kvshare.planner.parameters import deepseek, gemma, plain, zaya
-
-    counters: Mapping[str, Counter] = {
-        **dict.fromkeys(plain.FEATURES, plain.count),
-        **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), gemma.count_gemma3),
-        **dict.fromkeys(("gemma3n", "gemma3n_text"), gemma.count_gemma3n),
-        **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), gemma.count_gemma4),
-        "zaya": zaya.count,
-        **dict.fromkeys(("deepseek_v3", "deepseek_v32"), deepseek.count_latent),
-        "deepseek_v4": deepseek.count_compressed,
-    }
-    if layout.model_type not in counters:
+    if layout.model_type not in COUNTERS:
         raise ConfigError("model_type", f"{layout.model_type} has no counter, only a cache layout")
-    return counters[layout.model_type](fields, layout)
+    return COUNTERS[layout.model_type](fields, layout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
-from kvshare.planner.parameters import Parameters
+from kvshare.planner.parameters.counted import Parameters
 
 
 def _embedding_and_head(fields: Fields) -> int:

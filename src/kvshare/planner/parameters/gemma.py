@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
-from kvshare.planner.parameters import Parameters
+from kvshare.planner.parameters.counted import Parameters
 
 
 def _attention(fields: Fields, layout: CacheLayout, index: int, head_norms: bool = True, key_is_value: bool = False) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
 from kvshare.layout.rules.plain import head_dim
-from kvshare.planner.parameters import Parameters
+from kvshare.layout.rules.sharing import reader_projections
+from kvshare.planner.parameters.counted import Parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ def _attention(fields: Fields, layout: CacheLayout, index: int) -> int:
     total += width * (2 if owns else 1) if family.head_norms else 0
     total += queries + keys * owns if family.wide_norms else 0
     total += heads if family.sinks else 0
+    if not owns and "k" in reader_projections(fields):  # (one of values is folded into the output projection)
+        total += keys * width
     if layout.model_type == "laguna":  # output gate: one number a head, or one a channel
         total += hidden * (queries if fields.get("gating") == "per-element" else heads)
     return total

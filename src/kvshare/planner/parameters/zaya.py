@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
 from kvshare.layout.rules.zaya import is_legacy
-from kvshare.planner.parameters import Parameters
+from kvshare.planner.parameters.counted import Parameters
 
 
 def count(fields: Fields, layout: CacheLayout) -> Parameters:
