@@ -19,7 +19,8 @@ MESSAGES = [
 ]
 TEMPLATES = {
     "white space of blocks": (
-        "{% for m in messages %}\n    {% if loop.first %}\n  first\n    {% endif %}\n{{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}\n"
+        "{% for m in messages %}\n    {% if loop.first %}\n  first\n    {% endif %}\n"
+        "{{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}\n"
     ),
     "json as it is": (
         "{{ messages[0] | tojson }}{{ messages[2].tool_calls | tojson(indent=2) }}"
@@ -30,7 +31,8 @@ TEMPLATES = {
         "{% if loop.index == 3 %}{% break %}{% endif %}{% endfor %}"
     ),
     "namespace and slices": (
-        "{% set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + loop.index %}{{ m.content[:3] }}{% endfor %}{{ ns.n }}"
+        "{% set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + loop.index %}{{ m.content[:3] }}"
+        "{% endfor %}{{ ns.n }}"
     ),
     "generation marks": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}",
     "macros": ("{% macro turn(m, x='|') -%}\n  {{ x ~ m.role ~ x }}\n{%- endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}"),
