@@ -42,6 +42,35 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     "mistral": (transformers.MistralConfig, {"sliding_window": WINDOW}),
 }
+OTHERS: dict[str, tuple[type, dict[str, Any], list[int]]] = {
+    "laguna": (
+        transformers.LagunaConfig,
+        {
+            "layer_types": [FULL, SLIDING, SLIDING, SLIDING, FULL, SLIDING],
+            "sliding_window": WINDOW,
+            "num_attention_heads_per_layer": [6, 8, 8, 8, 6, 8],
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "pad_token_id": 0,
+        },
+        [0, 1, 1, 3, 0, 3],
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {
+            "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 20,
+            "rope_parameters": {
+                SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+                FULL: {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+            },
+        },
+        [0, 0, 2, 0, 4, 2],
+    ),
+}
 MAPS = {
     "none": [0, 1, 2, 3, 4, 5],
     "CLA-2": [0, 0, 2, 2, 4, 4],
@@ -55,22 +84,25 @@ MAPPED = [("qwen3", "learned"), ("qwen3 with windows", "YOCO"), ("mistral", "CLA
 CASES = [(family, "none", ()) for family in FAMILIES] + [(*case, projections) for case in MAPPED for projections in PROJECTIONS]
 
 
-def save(directory: Path, family: str, owners: list[int], projections: tuple[str, ...] = ()) -> torch.nn.Module:
-    """A model of transformers, saved with an owner map and random projections of its readers. Returns it without either."""
-    kind, extra = FAMILIES[family]
-    oracle = randomise(transformers.AutoModelForCausalLM.from_config(kind(**{**SHAPE, **extra}), attn_implementation="eager"))
+def oracle_of(family: str) -> torch.nn.Module:
+    kind, extra = {**FAMILIES, **OTHERS}[family][:2]
+    return randomise(transformers.AutoModelForCausalLM.from_config(kind(**{**SHAPE, **extra}), attn_implementation="eager"))
+
+
+def save(directory: Path, oracle: torch.nn.Module, owners: list[int], projections: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """A model of transformers with an owner map, and with random projections of its readers, which are returned by their names."""
     oracle.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
     config |= {"kv_sharing": owners} | ({"kv_sharing_projections": list(projections)} if projections else {})
     (directory / "config.json").write_text(json.dumps(config))
-    tensors, generator = load_file(directory / "model.safetensors"), torch.Generator().manual_seed(7)
-    heads, width = SHAPE["num_key_value_heads"], SHAPE["head_dim"]
+    generator, heads, width = torch.Generator().manual_seed(7), SHAPE["num_key_value_heads"], SHAPE["head_dim"]
+    added = {}
     for index, owner in enumerate(owners):
         for name in projections if owner != index else ():
             noise = torch.randn(heads, width, width, generator=generator) * width**-0.5
-            tensors[f"model.layers.{index}.self_attn.shared_{name}_proj.weight"] = torch.eye(width) + noise
-    save_file(tensors, directory / "model.safetensors")
-    return oracle
+            added[f"model.layers.{index}.self_attn.shared_{name}_proj.weight"] = torch.eye(width) + noise
+    save_file(load_file(directory / "model.safetensors") | added, directory / "model.safetensors")
+    return added
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -122,14 +154,15 @@ def reference(directory: Path, ids: Tensor) -> Tensor:  # [sequences, tokens] ->
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_equals_transformers_without_a_map(family: str, tmp_path: Path) -> None:
-    oracle = save(tmp_path, family, MAPS["none"])
+    oracle = oracle_of(family)
+    save(tmp_path, oracle, MAPS["none"])
     ids = random_ids(SHAPE["vocab_size"])
     torch.testing.assert_close(reference(tmp_path, ids), oracle_logits(oracle.double(), ids), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("family", "owners", "projections"), CASES)
 def test_mapped_models_equal_the_reference(family: str, owners: str, projections: tuple[str, ...], tmp_path: Path) -> None:
-    save(tmp_path, family, MAPS[owners], projections)
+    save(tmp_path, oracle_of(family), MAPS[owners], projections)
     ids = random_ids(SHAPE["vocab_size"])
     model = load(tmp_path)
     assert list(model.layout.owner) == MAPS[owners]
@@ -137,46 +170,30 @@ def test_mapped_models_equal_the_reference(family: str, owners: str, projections
 
 
 class MappedCache(transformers.DynamicCache):
-    """transformers' own cache, but a reader gets its owner's rows: an oracle for one pass over whole prompts in any family."""
+    """transformers' own cache, but a reader gets its owner's rows: an oracle for one pass over whole prompts in any family.
 
-    def __init__(self, owners: list[int], config: Any):
+    Projections act on the rows here, on keys transposed: (A q) . k = q . (A^T k).
+    """
+
+    def __init__(self, owners: list[int], projections: dict[str, Tensor], config: Any):
         super().__init__(config=config)
-        self.owners, self.rows = owners, {}
+        self.owners, self.projections, self.rows = owners, projections, {}
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.owners[layer] == layer:
             self.rows[layer] = super().update(keys, values, layer, *args, **kwargs)
-        return self.rows[self.owners[layer]]
+        keys, values = self.rows[self.owners[layer]]  # [1, kv_heads, rows, width]
+        for_keys, for_values = (self.projections.get(f"model.layers.{layer}.self_attn.shared_{name}_proj.weight") for name in "kv")
+        return keys if for_keys is None else keys @ for_keys, values if for_values is None else values @ for_values.transpose(1, 2)
 
 
-OTHERS: dict[str, tuple[type, dict[str, Any], list[int]]] = {
-    "laguna": (
-        transformers.LagunaConfig,
-        {
-            "layer_types": [FULL, SLIDING, SLIDING, SLIDING, FULL, SLIDING],
-            "sliding_window": WINDOW,
-            "num_attention_heads_per_layer": [6, 8, 8, 8, 6, 8],
-            "num_experts": 6,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 24,
-            "pad_token_id": 0,
-        },
-        [0, 1, 1, 3, 0, 3],
-    ),
-}
-
-
-@pytest.mark.parametrize("family", OTHERS)
-def test_other_families_with_a_map_equal_transformers_reading_the_owners_rows(family: str, tmp_path: Path) -> None:
-    kind, extra, owners = OTHERS[family]
-    oracle = randomise(transformers.AutoModelForCausalLM.from_config(kind(**{**SHAPE, **extra}), attn_implementation="eager"))
-    oracle.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "kv_sharing": owners}))
+@pytest.mark.parametrize(("family", "projections"), [("laguna", ()), *(("gemma3", projections) for projections in PROJECTIONS)])
+def test_other_families_equal_transformers_reading_the_owners_rows(family: str, projections: tuple[str, ...], tmp_path: Path) -> None:
+    oracle, owners = oracle_of(family), OTHERS[family][2]
+    added = save(tmp_path, oracle, owners, projections)
     ids = random_ids(SHAPE["vocab_size"])
     with torch.no_grad():
-        expected = oracle(input_ids=ids, past_key_values=MappedCache(owners, oracle.config)).logits
+        expected = oracle(input_ids=ids, past_key_values=MappedCache(owners, added, oracle.config)).logits
     assert (expected - oracle_logits(oracle, ids)).abs().max() > 0.1, "the map must matter"
     assert_equals_oracle(load(tmp_path), expected, ids)
 
@@ -187,13 +204,13 @@ def test_only_owners_store_rows(tmp_path: Path) -> None:
     everything = layout_from_config(config).bytes(100)
     assert layout_from_config({**config, "kv_sharing": MAPS["CLA-2"]}).bytes(100) * 2 == everything
     assert layout_from_config({**config, "kv_sharing": MAPS["CLA-3"]}).bytes(100) * 3 == everything
-    save(tmp_path, "llama", MAPS["CLA-2"])
+    save(tmp_path, oracle_of("llama"), MAPS["CLA-2"])
     model = load(tmp_path)
     assert [len(block.attention.qkv.weight) for block in model.blocks] == [160, 96] * 3
 
 
 def test_the_tail_behind_the_last_owner_runs_on_the_rows_that_are_asked_for(tmp_path: Path) -> None:
-    save(tmp_path, "llama", MAPS["CLA-3"])
+    save(tmp_path, oracle_of("llama"), MAPS["CLA-3"])
     model, seen = load(tmp_path), []
     for block in model.blocks:
         block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
@@ -265,7 +282,7 @@ def test_families_without_projections_refuse_them() -> None:
 
 
 def test_a_missing_projection_is_refused_by_its_name(tmp_path: Path) -> None:
-    save(tmp_path, "llama", MAPS["CLA-2"])
+    save(tmp_path, oracle_of("llama"), MAPS["CLA-2"])
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "kv_sharing_projections": ["k"]}))
     with pytest.raises(CheckpointError, match=r"3 tensors .* missing: model\.layers\.1\.self_attn\.shared_k_proj\.weight"):

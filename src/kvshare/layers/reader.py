@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kvshare.checkpoints.weights import Source
+
 
 class KeyProjection(nn.Module):
     """A_k, on the rotated queries of each key-value head's group."""
@@ -27,8 +29,12 @@ class KeyProjection(nn.Module):
         return torch.einsum("tgqd,ged->tgqe", grouped, self.weight).flatten(1, 2)
 
 
-def fold_value_projection(parts: list[Tensor]) -> Tensor:  # W_o [hidden, heads * width], A_v [kv_heads, width, width] -> W_o A_v
-    """The output projection of a reader with A_v multiplied into the columns of each head, computed in float32."""
+def with_value_projection(output: Source, layer: int) -> Source:
+    """Where the output projection of a reader comes from, with A_v multiplied into it. A_v has the shape of A_k."""
+    return Source((*output.names, f"model.layers.{layer}.self_attn.shared_v_proj.weight"), _folded)
+
+
+def _folded(parts: list[Tensor]) -> Tensor:  # W_o [hidden, heads * width], A_v [kv_heads, width, width] -> W_o A_v
     output, projection = parts
     precise = torch.promote_types(output.dtype, torch.float32)
     grouped = output.to(precise).unflatten(1, (len(projection), -1, projection.shape[1]))  # [hidden, kv_heads, group, width]

@@ -15,8 +15,10 @@ from kvshare.errors import ConfigError
 from kvshare.layers.activations import geglu
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.norm import RMSNorm
+from kvshare.layers.reader import with_value_projection
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
+from kvshare.layout.rules.sharing import reader_projections
 from kvshare.models.gemma_attention import Attention, AttentionShape
 from kvshare.models.gemma_base import Context, GemmaModel, block_sources
 
@@ -44,6 +46,7 @@ class Gemma3Config:
             scale=float(fields.get("query_pre_attn_scalar", 256)) ** -0.5,  # not the head's width: 27B has 168 and heads of 128
             norm_offset=1.0,
             norms_values=False,
+            reader_projections=reader_projections(fields),
         )
         return Gemma3Config(hidden, fields.integer("intermediate_size"), eps, attention)
 
@@ -74,6 +77,8 @@ class Block(nn.Module):
 
 
 class Gemma3(GemmaModel):
+    takes_reader_projections = True
+
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
         super().__init__(config, layout, norm_offset=1.0)
         self.config = Gemma3Config.read(config)
@@ -89,7 +94,13 @@ class Gemma3(GemmaModel):
         return self.norm(x)
 
     def weight_sources(self) -> dict[str, Source]:
-        return self.base_sources() | block_sources(self.blocks, _MODULE_NAMES, {})
+        sources = self.base_sources() | block_sources(self.blocks, _MODULE_NAMES, {})
+        if "v" in self.config.attention.reader_projections:
+            for index, owner in enumerate(self.layout.owner):
+                if owner != index:
+                    name = f"blocks.{index}.attention.output.weight"
+                    sources[name] = with_value_projection(sources[name], index)
+        return sources
 
 
 _MODULE_NAMES = {

@@ -15,6 +15,7 @@ from kvshare.cache.step import KeyRebuild, Step
 from kvshare.layers.key_from_value import KeyRotations, rebuilt_keys, rotated_part
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
+from kvshare.layers.reader import KeyProjection
 from kvshare.layers.rotary import Rotation
 from kvshare.layout import CacheLayout
 
@@ -30,6 +31,7 @@ class AttentionShape:
     scale: float = 1.0  # on the scores
     norm_offset: float = 0.0  # 1 where the norms' weights are stored minus 1
     norms_values: bool = True
+    reader_projections: frozenset[str] = frozenset()  # of "k" and "v": what every reader of an owner map has a matrix for
 
 
 class Attention(nn.Module):
@@ -52,6 +54,8 @@ class Attention(nn.Module):
         kv_size = (self.num_projections - 1) * self.num_kv_heads * self.head_dim
         self.qkv = Linear(shape.hidden_size, self.q_size + kv_size, shape.bias)
         self.output = Linear(self.q_size, shape.hidden_size, shape.bias)
+        projects = "k" in shape.reader_projections and not self.owns
+        self.key_projection = KeyProjection(self.num_kv_heads, self.head_dim) if projects else None
 
     def append(self, x: Tensor, rotation: Rotation, step: Step) -> Tensor | None:  # [tokens, hidden]
         """Keys and values of every token go into the cache. Returns the queries' projection where every token goes on."""
@@ -77,6 +81,8 @@ class Attention(nn.Module):
         """`q` is what `append` returned, if it did."""
         q = self.qkv.part(x, 0, self.q_size) if q is None else q
         q = rotation.half_split(self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))))
+        if self.key_projection is not None:
+            q = self.key_projection(q)
         out = step.attend(self.index, q, scale=self.scale, rebuild=self.rebuild)
         return self.output(out.flatten(1))
 
@@ -90,4 +96,5 @@ _NAMES = {
     "q_norm": ("self_attn.q_norm",),
     "k_norm": ("self_attn.k_norm",),
     "output": ("self_attn.o_proj",),
+    "key_projection": ("self_attn.shared_k_proj",),
 }

@@ -14,7 +14,7 @@ from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
-from kvshare.layers.reader import KeyProjection, fold_value_projection
+from kvshare.layers.reader import KeyProjection, with_value_projection
 from kvshare.layers.rotary import Rotation, frequencies
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
@@ -165,10 +165,10 @@ class Llama(Model):
             module, kind = part.rsplit(".", 1)
             reads = not self.blocks[int(index)].owns
             names = ("self_attn.q_proj",) if reads and module == "attention.qkv" else _BLOCK_NAMES[module]
-            combine = None
+            source = Source(tuple(f"model.layers.{index}.{each}.{kind}" for each in names))
             if reads and part == "attention.output.weight" and "v" in self.config.reader_projections:
-                names, combine = (*names, "self_attn.shared_v_proj"), fold_value_projection
-            sources[f"blocks.{name}"] = Source(tuple(f"model.layers.{index}.{each}.{kind}" for each in names), combine)
+                source = with_value_projection(source, int(index))
+            sources[f"blocks.{name}"] = source
         return sources
 
 
