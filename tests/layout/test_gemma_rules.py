@@ -51,6 +51,13 @@ def test_the_schema_that_transformers_saves_gives_the_same_layout():
     assert layout_from_config(saved) == layout_from_config(gemma4())
 
 
+def test_transformers_pads_layer_numbers_with_zeros():
+    types = [S, F] * 6
+    saved = gemma4(num_hidden_layers=12, layer_types=types, per_layer_config={f"{i:02}": {"head_dim": 32} for i in range(1, 12, 2)})
+    del saved["global_head_dim"]
+    assert [layer.streams[0].width for layer in layout_from_config({**saved, "num_kv_shared_layers": 0}).layers] == [16, 32] * 6
+
+
 def test_schemas_that_contradict_each_other_are_refused():
     with pytest.raises(ConfigError, match=r"per_layer_config: layer 2 has head_dim 64.* says 32"):
         layout_from_config(gemma4(per_layer_config={"2": {"head_dim": 64}}))

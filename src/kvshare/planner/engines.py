@@ -113,6 +113,8 @@ def _llama_cpp(report: ModelPlan) -> Deployment:
     )
     words: list[str | int] = ["llama-server", *model, "-c", report.context * report.batch, "-np", report.batch]
     words += ["-ctk", precision[0], "-ctv", precision[0], "-fa", "on"]
+    if not report.model.repository.endswith(".gguf"):
+        notes.append("takes a GGUF file: convert the model, or give one from the hub with -hf")
     notes.append("-c is divided over the -np slots")
     if _has_windows(report):
         notes.append(
