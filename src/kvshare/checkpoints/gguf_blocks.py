@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvshare.checkpoints.gguf_header import BlockType
 
-_NUMBERS_AT_ONCE = 1 << 22  # decoded in float32 before they are rounded to the dtype that is wanted
+_NUMBERS_AT_ONCE = 1 << 15  # decoded before they are rounded to the dtype that is wanted: they stay in the cache of one core
 
 
 @dataclass(frozen=True, slots=True)
