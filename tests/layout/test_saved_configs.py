@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from layout.families import FAMILIES, V4
 from transformers import CONFIG_MAPPING
 
 from kvshare.layout import layout_from_config
-from layout.families import FAMILIES, V4
 
 
 @pytest.mark.parametrize("only_differences", [True, False])

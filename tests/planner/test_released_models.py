@@ -159,3 +159,25 @@ def test_every_bundled_config_says_where_it_comes_from():
         report = plan(name)
         assert len(report.model.source) > 20
         assert report.model.repository.count("/") == 1
+
+
+# Printed by `calculate_cache_size` of kvcache-simulator 0.1.3 (PyPI), from its own list of models, with 16-bit caches and 16-bit indexer keys.
+# It does not count the blocks that DeepSeek V4's compressors keep open.
+KVCACHE_SIMULATOR = {
+    "gemma-4-E2B": {32_768: 207_618_048, T: 811_597_824},
+    "gemma-4-E4B": {32_768: 557_842_432, T: 2_168_455_168},
+    "gemma-4-26B-A4B": {32_768: 880_803_840, T: 2_894_069_760},
+    "gemma-4-31B": {32_768: 3_523_215_360, T: 11_576_279_040},
+    "DeepSeek-V4-Flash": {32_768: 231_079_936, T: 907_411_456},
+    "DeepSeek-V4-Pro": {32_768: 330_694_656, T: 1_298_792_448},
+    "DeepSeek-V3.2": {32_768: 2_814_377_984, T: 11_257_511_936},
+    "Qwen3-8B": {32_768: 4_831_838_208, T: 19_327_352_832},
+    "Llama-3.1-8B": {32_768: 4_294_967_296, T: 17_179_869_184},
+}
+
+
+@pytest.mark.parametrize("name", KVCACHE_SIMULATOR)
+def test_another_calculator_counts_the_same(name: str):
+    for tokens, total in KVCACHE_SIMULATOR[name].items():
+        report = plan(name, tokens)
+        assert report.kv_bytes["total"] - report.kv_bytes["state"] == total

@@ -83,7 +83,7 @@ def _vllm(report: ModelPlan) -> Deployment:
     if report.memory is not None and report.weights is not None:
         # it loads the per-layer tables too
         left = report.memory - report.weights.bytes - report.weights.per_layer_table_bytes
-        words += ["--kv-cache-memory-bytes", max(left, report.peak_bytes)]
+        words += ["--kv-cache-memory-bytes", left] if left > 0 else []
         if left < report.peak_bytes:
             notes.append("it holds the per-layer embedding tables in memory, and beside them the planned cache does not fit")
     if _shares(report):
