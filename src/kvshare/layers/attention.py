@@ -26,7 +26,7 @@ def attention(
     group = query_heads // kv_heads
     if softcap is not None or sinks is not None or k.shape[-1] != v.shape[-1]:
         return _explicit_attention(q, k, v, mask, causal, scale, softcap, sinks)
-    keys, values = k.transpose(0, 1), v.transpose(0, 1)  # [kv_heads, rows, width]
+    keys, values = k.transpose(0, 1).to(q.dtype), v.transpose(0, 1).to(q.dtype)  # [kv_heads, rows, width]; cached in another type, maybe
     if tokens == 1:  # the group's heads are queries of one head: keys are read once for all of them
         queries = q.view(1, kv_heads, group, key_width)
         out = F.scaled_dot_product_attention(queries, keys[None], values[None], attn_mask=mask, scale=scale)

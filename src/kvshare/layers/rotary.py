@@ -115,5 +115,11 @@ def _yarn(inverse: Tensor, rope: Mapping[str, Any], factor: float, theta: float,
     ramp = ((torch.arange(rotated // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
     attention = rope.get("attention_factor")
     if attention is None:
-        attention = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        both = float(rope.get("mscale") or 0), float(rope.get("mscale_all_dim") or 0)
+        attention = yarn_magnitude(factor, both[0]) / yarn_magnitude(factor, both[1]) if all(both) else yarn_magnitude(factor)
     return Frequencies(inverse / factor * ramp + inverse * (1 - ramp), float(attention))
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """YaRN's correction for longer contexts: by how much queries and keys grow so that attention stays as sharp as it was."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

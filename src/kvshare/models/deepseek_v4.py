@@ -28,7 +28,7 @@ from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.compressor import Blocks, Compressor
-from kvshare.layers.experts import Experts
+from kvshare.layers.experts import Experts, stacked
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.hyper_connections import HyperConnection, HyperHead
 from kvshare.layers.indexer import select_rows
@@ -298,10 +298,12 @@ class DeepseekV4(Model):
     def weight_sources(self) -> dict[str, Source]:
         sources = {}
         for name, parameter in self.state_dict(keep_vars=True).items():
-            names, combine = self._released_names(name), None
-            if name.endswith(".output_down") or ".experts." in name:  # matrices that are stored one by one, or one below the other
-                combine = partial(_stacked, tuple(parameter.shape))
-            sources[name] = Source(names, combine, otherwise=Source(tuple(map(_saved_name, names)), combine))
+            released = self._released_names(name)
+            saved = tuple(map(_saved_name, released))
+            if name.endswith(".output_down") or ".experts." in name:  # matrices that lie one by one, or one below the other
+                sources[name] = stacked(released, len(parameter), otherwise=stacked(saved, len(parameter)))
+            else:
+                sources[name] = Source(released, otherwise=Source(saved))
         return sources
 
     def _released_names(self, name: str) -> tuple[str, ...]:
@@ -322,10 +324,6 @@ class DeepseekV4(Model):
             if part.startswith(ours):
                 return (f"{layer}.{released}{part.removeprefix(ours)}",)
         raise KeyError(name)
-
-
-def _stacked(shape: tuple[int, ...], parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts).view(shape)
 
 
 def _saved_name(name: str) -> str:

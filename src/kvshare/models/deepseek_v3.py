@@ -1,0 +1,293 @@
+"""DeepSeek V3 (2024) and V3.2 (2025): multi-head latent attention, and in V3.2 an indexer that selects the tokens each query attends to.
+
+What is cached is one latent c of `kv_lora_rank` numbers a token, for all heads, and one rotated key r. Keys and values of a head are
+linear in the latent, so the matrices that make them are absorbed into queries and outputs, and attention runs over the latents:
+
+    q_h . k_h = q_h . (K_h c) + q'_h . r = (K_h^T q_h) . c + q'_h . r          sum of v_h = V_h (sum of c)
+
+Feed-forward: experts behind a sigmoid router that first chooses groups of experts, with one expert for every token; the first layers
+are dense. Rotation is of interleaved pairs in attention, of split halves in the indexer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kvshare.cache.step import Step
+from kvshare.checkpoints.weights import Source
+from kvshare.errors import ConfigError
+from kvshare.layers.activations import swiglu
+from kvshare.layers.experts import Experts, expert_sources, stacked
+from kvshare.layers.gated_mlp import GatedMlp
+from kvshare.layers.indexer import select_rows
+from kvshare.layers.linear import Linear
+from kvshare.layers.norm import RMSNorm
+from kvshare.layers.rotary import Frequencies, Rotation, frequencies, yarn_magnitude
+from kvshare.layout import CacheLayout
+from kvshare.layout.config import Fields
+from kvshare.models.model import Model
+
+_LATENT_EPS = 1e-6  # of the norms inside attention, whatever the config says
+
+
+@dataclass(frozen=True, slots=True)
+class DeepseekV3Config:
+    hidden_size: int
+    vocab_size: int
+    num_heads: int
+    q_rank: int | None  # queries may be made from the hidden state at once
+    kv_rank: int  # the latent
+    plain_width: int  # of a head's queries and keys: what is not rotated
+    rotated_width: int
+    value_width: int
+    index_heads: int  # 0: every query attends to every token
+    index_width: int
+    index_top_k: int
+    dense: tuple[bool, ...]  # layers without experts
+    dense_width: int
+    num_experts: int
+    experts_per_token: int
+    num_groups: int  # of experts
+    groups_per_token: int
+    expert_width: int
+    shared_width: int
+    normalised: bool  # weights of the chosen experts sum to `routed_scale`
+    routed_scale: float
+    eps: float
+    tied: bool
+    frequencies: Frequencies
+    softmax_scale: float
+
+    @staticmethod
+    def read(config: Mapping[str, Any]) -> DeepseekV3Config:
+        fields = Fields(config)
+        for name, known in (("attention_bias", False), ("rope_interleave", True), ("scoring_func", "sigmoid"), ("hidden_act", "silu")):
+            if fields.get(name, known) != known:
+                raise ConfigError(name, f"{fields.get(name)!r}: only {known!r} is known for DeepSeek V3")
+        layers, indexed = fields.integer("num_hidden_layers"), fields.has("index_head_dim")
+        kinds = fields.list_of("mlp_layer_types", layers, str)
+        first_sparse = fields.integer("first_k_dense_replace", 3, least=0)
+        width = fields.integer("moe_intermediate_size")
+        plain, rotated = fields.integer("qk_nope_head_dim"), fields.integer("qk_rope_head_dim")
+        rope = {"rope_theta": fields.get("rope_theta", 10_000.0), **fields.mapping("rope_scaling"), **fields.mapping("rope_parameters")}
+        return DeepseekV3Config(
+            fields.integer("hidden_size"),
+            fields.integer("vocab_size"),
+            fields.integer("num_attention_heads"),
+            fields.integer("q_lora_rank") if indexed or fields.has("q_lora_rank") else None,
+            fields.integer("kv_lora_rank"),
+            plain,
+            rotated,
+            fields.integer("v_head_dim"),
+            fields.integer("index_n_heads") if indexed else 0,
+            fields.integer("index_head_dim") if indexed else 0,
+            fields.integer("index_topk") if indexed else 0,
+            tuple(fields.choice("mlp_layer_types", kind, {"dense": True, "sparse": False}) for kind in kinds)
+            if kinds
+            else tuple(layer < first_sparse for layer in range(layers)),
+            fields.integer("intermediate_size"),
+            fields.integer("n_routed_experts"),
+            fields.integer("num_experts_per_tok"),
+            fields.integer("n_group", 1),
+            fields.integer("topk_group", 1),
+            width,
+            width * fields.integer("n_shared_experts", 1),
+            bool(fields.get("norm_topk_prob", True)),
+            float(fields.get("routed_scaling_factor", 1.0)),
+            float(fields.get("rms_norm_eps", 1e-6)),
+            bool(fields.get("tie_word_embeddings", False)),
+            frequencies({**rope, "partial_rotary_factor": 1.0}, rotated),
+            (plain + rotated) ** -0.5 * _sharpening(rope) ** 2,
+        )
+
+
+def _sharpening(rope: Mapping[str, Any]) -> float:
+    """YaRN's correction where a config applies it to whole queries and keys (`mscale_all_dim`), rotated or not."""
+    weight = float(rope.get("mscale_all_dim") or 0)
+    return yarn_magnitude(float(rope["factor"]), weight) if weight and rope.get("rope_type", rope.get("type")) == "yarn" else 1.0
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DeepseekV3Config, index: int):
+        super().__init__()
+        self.index, self.config = index, config
+        heads, query_width = config.num_heads, config.plain_width + config.rotated_width
+        # everything that is cached, in one product: the latent, the key to be rotated, the indexer's key
+        self.cached_sizes = [config.kv_rank, config.rotated_width, config.index_width]
+        self.cached = Linear(config.hidden_size, sum(self.cached_sizes))
+        self.latent_norm = RMSNorm(config.kv_rank, _LATENT_EPS)
+        self.query_down = Linear(config.hidden_size, config.q_rank) if config.q_rank else None
+        self.query_norm = RMSNorm(config.q_rank, _LATENT_EPS) if config.q_rank else None
+        self.query_up = Linear(config.q_rank or config.hidden_size, heads * query_width)
+        self.expand = nn.Parameter(torch.empty(heads, config.plain_width + config.value_width, config.kv_rank))  # K_h above V_h
+        self.output = Linear(heads * config.value_width, config.hidden_size)
+        self.indexer = Indexer(config, index) if config.index_heads else None
+
+    def append(self, x: Tensor, rotation: Rotation, step: Step) -> None:  # [tokens, hidden]
+        latent, key, index_key = self.cached(x).split(self.cached_sizes, dim=-1)
+        rows = {"latent": torch.cat([self.latent_norm(latent)[:, None], rotation.interleaved(key[:, None])], dim=-1)}
+        if self.indexer is not None:
+            rows["index"] = rotation.half_split(self.indexer.key_norm(index_key)[:, None])
+        step.append(self.index, rows)
+
+    def forward(self, x: Tensor, rotation: Rotation, step: Step) -> Tensor:  # [tokens, hidden]
+        config = self.config
+        residual = self.query_norm(self.query_down(x)) if self.query_down is not None and self.query_norm is not None else x
+        q = rotation.interleaved(self.query_up(residual).unflatten(-1, (config.num_heads, -1)))  # [tokens, heads, plain + rotated]
+        plain, rotated = q.split([config.plain_width, config.rotated_width], dim=-1)
+        keys, values = self.expand.split([config.plain_width, config.value_width], dim=1)
+        absorbed = torch.bmm(plain.transpose(0, 1), keys).transpose(0, 1)  # K_h^T q_h: [tokens, heads, kv_rank]
+        entries = self.indexer(x, residual, rotation, step) if self.indexer is not None else None
+        out = step.attend(self.index, torch.cat([absorbed, rotated], dim=-1), scale=config.softmax_scale, entries=entries)
+        summed = out[..., : config.kv_rank].transpose(0, 1)  # [heads, tokens, kv_rank]; the rotated key carries no value
+        return self.output(torch.bmm(summed, values.transpose(1, 2)).transpose(0, 1).flatten(1))
+
+
+class Indexer(nn.Module):
+    """V3.2: the tokens that each query attends to."""
+
+    def __init__(self, config: DeepseekV3Config, index: int):
+        super().__init__()
+        self.index, self.heads, self.width, self.top_k = index, config.index_heads, config.index_width, config.index_top_k
+        self.query = Linear(config.q_rank or 0, self.heads * self.width)
+        self.weights = Linear(config.hidden_size, self.heads)
+        self.key_norm = nn.LayerNorm(self.width, eps=_LATENT_EPS)
+
+    def forward(self, x: Tensor, residual: Tensor, rotation: Rotation, step: Step) -> Tensor | None:  # [tokens, hidden], [tokens, q_rank]
+        q = rotation.half_split(self.query(residual).unflatten(-1, (self.heads, self.width)))
+        weights = self.weights(x).to(torch.promote_types(x.dtype, torch.float32)) * (self.heads * self.width) ** -0.5
+        return select_rows(step, self.index, q, weights, self.top_k, tokens_per_row=1)
+
+
+class Router(nn.Module):
+    """Sigmoid scores. A group of experts counts as much as its two best; experts are chosen from the best groups.
+
+    The correction bias, which balances the experts' load, takes part in the choices only.
+    """
+
+    def __init__(self, config: DeepseekV3Config):
+        super().__init__()
+        self.config = config
+        self.scores = Linear(config.hidden_size, config.num_experts)
+        self.correction = nn.Parameter(torch.empty(config.num_experts))  # [experts]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [tokens, hidden] -> chosen experts and their weights [tokens, experts a token]
+        config, precise = self.config, torch.promote_types(x.dtype, torch.float32)
+        scores = F.linear(x.to(precise), self.scores.weight.to(precise)).sigmoid()  # [tokens, experts]
+        by_group = (scores + self.correction).unflatten(1, (config.num_groups, -1))  # [tokens, groups, experts of a group]
+        best = by_group.topk(min(2, by_group.shape[2]), dim=-1).values.sum(-1).topk(config.groups_per_token, dim=-1).indices
+        outside = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter_(1, best, False)  # [tokens, groups]
+        chosen = by_group.masked_fill(outside[..., None], -torch.inf).flatten(1).topk(config.experts_per_token, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if config.normalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return chosen, weights * config.routed_scale
+
+
+class Moe(nn.Module):
+    def __init__(self, config: DeepseekV3Config):
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config.num_experts, config.hidden_size, config.expert_width, swiglu)
+        self.shared = GatedMlp(config.hidden_size, config.shared_width, swiglu)
+
+    def forward(self, x: Tensor) -> Tensor:  # [tokens, hidden]
+        return self.experts(x, *self.router(x)) + self.shared(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: DeepseekV3Config, index: int):
+        super().__init__()
+        self.index = index
+        self.attention_norm = RMSNorm(config.hidden_size, config.eps)
+        self.attention = Attention(config, index)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.eps)
+        self.mlp = GatedMlp(config.hidden_size, config.dense_width, swiglu) if config.dense[index] else Moe(config)
+
+    def forward(self, x: Tensor, rotation: Rotation, step: Step) -> tuple[Tensor, Rotation, Step]:  # [tokens, hidden]
+        normed = self.attention_norm(x)
+        self.attention.append(normed, rotation, step)
+        if step.narrows(self.index):
+            kept, step = step.rows_kept, step.tail()
+            x, normed, rotation = x[kept], normed[kept], rotation.at_rows(kept)
+            if not len(x):
+                return x, rotation, step
+        x = x + self.attention(normed, rotation, step)
+        return x + self.mlp(self.mlp_norm(x)), rotation, step
+
+
+class DeepseekV3(Model):
+    def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
+        super().__init__()
+        self.config = DeepseekV3Config.read(config)
+        self.layout, self.vocab_size = layout, self.config.vocab_size
+        self.embedding = nn.Parameter(torch.empty(self.vocab_size, self.config.hidden_size))  # [vocab_size, hidden]
+        self.blocks = nn.ModuleList(Block(self.config, index) for index in range(len(layout.layers)))
+        self.norm = RMSNorm(self.config.hidden_size, self.config.eps)
+        self.head = None if self.config.tied else Linear(self.config.hidden_size, self.vocab_size)
+        self.keep_float32 = frozenset(name for name in self.state_dict() if name.endswith(".correction"))
+
+    def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
+        x = F.embedding(tokens, self.embedding)
+        rotation = self.config.frequencies.at(step.positions, x.dtype)
+        for block in self.blocks:
+            x, rotation, step = block(x, rotation, step)
+            if not len(x):  # a chunk inside a prompt: nobody asked for its logits
+                break
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
+        return F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+
+    def weight_sources(self) -> dict[str, Source]:
+        sources = {"embedding": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
+        if self.head is not None:
+            sources["head.weight"] = Source(("lm_head.weight",))
+        for name, _ in self.blocks.named_parameters():
+            index, part = name.split(".", 1)
+            layer = f"model.layers.{index}"
+            if part.startswith("mlp.experts."):
+                source = expert_sources(f"{layer}.mlp.experts", self.config.num_experts)[part.rpartition(".")[2]]
+            elif part == "attention.expand":
+                source = stacked((f"{layer}.self_attn.kv_b_proj.weight",), self.config.num_heads)
+            elif part == "mlp.router.correction":
+                source = Source((f"{layer}.mlp.gate.e_score_correction_bias",))
+            else:
+                module, kind = part.rsplit(".", 1)
+                source = Source(tuple(f"{layer}.{each}.{kind}" for each in self._names(module)))
+            sources[f"blocks.{name}"] = source
+        return sources
+
+    def _names(self, module: str) -> tuple[str, ...]:
+        """The modules of a checkpoint whose parameters lie in one of ours."""
+        if module == "attention.cached" and not self.config.index_heads:
+            return ("self_attn.kv_a_proj_with_mqa",)
+        if module == "attention.query_up" and self.config.q_rank is None:
+            return ("self_attn.q_proj",)
+        return _BLOCK_NAMES[module]
+
+
+_BLOCK_NAMES = {
+    "attention_norm": ("input_layernorm",),
+    "attention.cached": ("self_attn.kv_a_proj_with_mqa", "self_attn.indexer.wk"),
+    "attention.latent_norm": ("self_attn.kv_a_layernorm",),
+    "attention.query_down": ("self_attn.q_a_proj",),
+    "attention.query_norm": ("self_attn.q_a_layernorm",),
+    "attention.query_up": ("self_attn.q_b_proj",),
+    "attention.output": ("self_attn.o_proj",),
+    "attention.indexer.query": ("self_attn.indexer.wq_b",),
+    "attention.indexer.weights": ("self_attn.indexer.weights_proj",),
+    "attention.indexer.key_norm": ("self_attn.indexer.k_norm",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": ("mlp.down_proj",),
+    "mlp.router.scores": ("mlp.gate",),
+    "mlp.shared.gate_up": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    "mlp.shared.down": ("mlp.shared_experts.down_proj",),
+}
