@@ -7,12 +7,14 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvshare.checkpoints.tokenizer import Tokenizer
-from kvshare.engine.outputs import FinishReason, TokenLogprobs
 from kvshare.server.prepare import Work
 from kvshare.server.worker import Job, Piece
+
+if TYPE_CHECKING:
+    from kvshare.checkpoints.tokenizer import Tokenizer
+    from kvshare.engine.outputs import FinishReason, TokenLogprobs
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this
 

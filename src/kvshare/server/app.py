@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,12 +19,15 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kvshare.engine.llm import LLM
 from kvshare.server.answers import Answer, ChatAnswer, CompletionAnswer
+from kvshare.server.connection import MAX_HEADER_BYTES
 from kvshare.server.errors import ApiError
 from kvshare.server.prepare import Work, check_context, prepare_chat, prepare_completion
 from kvshare.server.requests import ChatRequest, CompletionRequest, GenerationRequest, parse
 from kvshare.server.worker import Job, Worker
+
+if TYPE_CHECKING:
+    from kvshare.engine.llm import LLM
 
 MAX_BODY_BYTES = 8 << 20
 BODY_SECONDS = 30.0  # for a client to send its body
@@ -149,6 +152,8 @@ class Gate:
         await (self._app if refusal is None else refusal.response())(scope, receive, send)
 
     def _refusal(self, request: Request) -> ApiError | None:
+        if sum(len(name) + len(value) for name, value in request.headers.raw) > MAX_HEADER_BYTES:
+            return ApiError(431, f"the headers have more than {MAX_HEADER_BYTES:,} bytes, which is the most that is read")
         if self._local_only and not _is_local(request.headers.get("host", "")):
             return ApiError(403, "this server answers to localhost only: start it with --api-key to serve under other names")
         if request.scope["path"] == "/health":

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvshare.engine.llm import LLM
-from kvshare.engine.sampling import SamplingParams
 from kvshare.errors import RequestError
 from kvshare.server.errors import ApiError
 from kvshare.server.requests import MAX_CHOICES, ChatRequest, CompletionRequest, GenerationRequest
+
+if TYPE_CHECKING:
+    from kvshare.engine.llm import LLM
+    from kvshare.engine.sampling import SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, where a completion request does not say; a chat may go on to the end of the context
 MAX_PROMPT_LOGPROBS = 200_000  # log-probabilities of prompt tokens in one answer
@@ -47,8 +49,8 @@ def prepare_chat(llm: LLM, request: ChatRequest) -> Work:
 def prepare_completion(llm: LLM, request: CompletionRequest) -> Work:
     """Tokenize the prompts. Raises `ApiError`."""
     given = request.prompts()
-    if len(given) * (request.n or 1) > MAX_CHOICES:
-        raise ApiError(400, f"prompt: {len(given)} prompts x n {request.n or 1} is more than {MAX_CHOICES} completions", param="prompt")
+    if len(given) > MAX_CHOICES:
+        raise ApiError(400, f"prompt: {len(given):,} prompts are more than {MAX_CHOICES}", param="prompt")
     prompts = [llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
     recorded = request.logprobs if request.echo else None
     entries = sum(len(prompt) for prompt in prompts) * ((recorded or 0) + 1)
@@ -58,6 +60,8 @@ def prepare_completion(llm: LLM, request: CompletionRequest) -> Work:
         _sampling(llm, request, prompt, request.max_tokens, DEFAULT_COMPLETION_TOKENS, logprobs=request.logprobs, prompt_logprobs=recorded)
         for prompt in prompts
     ]
+    if len(given) * params[0].n > MAX_CHOICES:
+        raise ApiError(400, f"n: {len(given)} prompts x n {params[0].n} are more than {MAX_CHOICES} completions", param="n")
     return Work(prompts, params, _texts(llm, given, prompts) if request.echo else None)
 
 

@@ -21,8 +21,17 @@ MAX_STOP_TOKENS = 256
 MAX_LOGPROBS = 20
 
 _HARMLESS = frozenset(
-    ("user", "service_tier", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options")
-    + ("prediction", "parallel_tool_calls")
+    {
+        "user",
+        "safety_identifier",
+        "metadata",
+        "service_tier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+        "prediction",
+        "parallel_tool_calls",
+    }
 )
 """Who asks, how it is billed, hints for speed, and what means something only together with tools."""
 
@@ -132,7 +141,7 @@ class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Integer | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 

@@ -9,13 +9,16 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
 
-from kvshare.engine.llm import LLM
-from kvshare.engine.outputs import FinishReason, TokenLogprobs, Update
-from kvshare.engine.sampling import SamplingParams
-from kvshare.engine.sequence import Request
 from kvshare.errors import KVShareError
 from kvshare.server.errors import ApiError, engine_failed
+
+if TYPE_CHECKING:  # the server listens before torch is there
+    from kvshare.engine.llm import LLM
+    from kvshare.engine.outputs import FinishReason, TokenLogprobs, Update
+    from kvshare.engine.sampling import SamplingParams
+    from kvshare.engine.sequence import Request
 
 logger = logging.getLogger("kvshare.server")
 
