@@ -161,8 +161,8 @@ def test_every_bundled_config_says_where_it_comes_from():
         assert report.model.repository.count("/") == 1
 
 
-# Printed by `calculate_cache_size` of kvcache-simulator 0.1.3 (PyPI), from its own list of models, with 16-bit caches and 16-bit indexer keys.
-# It does not count the blocks that DeepSeek V4's compressors keep open.
+# Printed by `calculate_cache_size` of kvcache-simulator 0.1.3 (PyPI), from its own list of models, with 16-bit caches and indexer
+# keys. It does not count the blocks that DeepSeek V4's compressors keep open.
 KVCACHE_SIMULATOR = {
     "gemma-4-E2B": {32_768: 207_618_048, T: 811_597_824},
     "gemma-4-E4B": {32_768: 557_842_432, T: 2_168_455_168},

@@ -123,6 +123,8 @@ def test_gguf_metadata_is_read_like_a_config(tmp_path: Path):
     import numpy
 
     writer.add_tensor("token_embd.weight", numpy.zeros((100, 64), numpy.float32))
+    for layer in range(3):
+        writer.add_tensor(f"blk.{layer}.attn_norm.weight", numpy.zeros(64, numpy.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

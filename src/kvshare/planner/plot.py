@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kvshare.errors import RequestError
+from kvshare.layout import CacheLayout
 from kvshare.planner.report import ModelPlan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 SUFFIXES = (".svg", ".png")
 _FIRST_CONTEXT = 1 << 9
 _POINTS_PER_OCTAVE = 16
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d", "#8c510a")  # told apart by colour-blind readers
+_GREY = "#999999"
 _STYLES = ("-", "--", "-.", ":")
 
 
@@ -22,24 +29,43 @@ def save_plot(reports: Sequence[ModelPlan], path: Path) -> None:
     if not path.parent.is_dir():
         raise RequestError(f"--plot {path}: the directory {path.parent} does not exist")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     axes = figure.add_subplot()
+    lines = _draw(axes, reports)
+    lines.sort(key=lambda line: -line[0])  # the order in which the lines end
+    _label(axes)
+    axes.set_title(_title(reports), loc="left")
+    figure.legend([line for _, line in lines], [str(line.get_label()) for _, line in lines], loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _draw(axes: Axes, reports: Sequence[ModelPlan]) -> list[tuple[int, Line2D]]:
+    """One line a model with a dot at the planned context; of a single model its naive cost too, and the memory where it is one for all."""
+    lines: list[tuple[int, Line2D]] = []
+
+    def draw(layout: CacheLayout, report: ModelPlan, **style: Any) -> None:
+        contexts = _contexts(min(last, layout.max_context or last))
+        values = [layout.bytes(tokens, report.batch, report.kv_dtype) for tokens in contexts]
+        lines.append((values[-1], axes.plot(contexts, values, **style)[0]))
+
     last = max(max(report.context, report.layout.max_context or 0) for report in reports)
     for number, report in enumerate(reports):
-        contexts = _contexts(min(last, report.layout.max_context or last))
-        values = [report.layout.bytes(tokens, report.batch, report.kv_dtype) for tokens in contexts]
         colour, style = _COLOURS[number % len(_COLOURS)], _STYLES[number // len(_COLOURS) % len(_STYLES)]
-        axes.plot(contexts, values, color=colour, linestyle=style, linewidth=2, label=report.model.name)
+        draw(report.layout, report, color=colour, linestyle=style, linewidth=2, label=report.model.name)
         axes.plot([report.context], [report.kv_bytes["total"]], "o", color=colour, markersize=5)
-        if len(reports) == 1:
-            naive = report.layout.without_sharing().without_windows()
-            values = [naive.bytes(tokens, report.batch, report.kv_dtype) for tokens in contexts]
-            axes.plot(contexts, values, color="#999999", linestyle="--", linewidth=1.5, label="no sharing, no windows")
+    if len(reports) == 1:
+        naive = reports[0].layout.without_sharing().without_windows()
+        draw(naive, reports[0], color=_GREY, linestyle="--", linewidth=1.5, label="no sharing, no windows")
     left = {report.memory - report.weights.bytes for report in reports if report.memory is not None and report.weights is not None}
     if len(left) == 1 and (rest := left.pop()) > 0:  # of several models each would have a line of its own
-        axes.axhline(rest, color="#999999", linewidth=1, linestyle=":", label="memory beside the weights")
+        lines.append((rest, axes.axhline(rest, color=_GREY, linewidth=1, linestyle=":", label="memory beside the weights")))
+    return lines
+
+
+def _label(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
@@ -51,15 +77,9 @@ def save_plot(reports: Sequence[ModelPlan], path: Path) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("context, tokens in each sequence")
     axes.set_ylabel("key-value cache")
-    axes.set_title(_title(reports), loc="left")
     axes.grid(which="major", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    named = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
-    named.sort(key=lambda line: -float(line.get_path().vertices[-1][1]))  # the order in which the lines end
-    figure.legend(named, [str(line.get_label()) for line in named], loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=150)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _contexts(last: int) -> list[int]:
