@@ -46,6 +46,7 @@ _OUTER_FIELDS = (
     "backbone_hidden_size",
     "use_ordered_embeddings",
     "num_centroids",
+    "centroid_intermediate_top_k",
 )
 
 

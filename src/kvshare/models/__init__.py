@@ -1,4 +1,4 @@
-"""The model families, one a file. `MODELS` names the file and class for each `model_type`; nothing else in the engine asks which model it runs."""
+"""The model families, one a file. `MODELS` names file and class for each `model_type`; nothing else in the engine asks which model runs."""
 
 from __future__ import annotations
 

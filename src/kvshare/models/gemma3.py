@@ -59,7 +59,7 @@ class Block(nn.Module):
         super().__init__()
         self.index, self.kind = index, layout.layers[index].kind
         self.attention_norm = config.norm()
-        self.attention = Attention(config.attention, layout, index)
+        self.attention = Attention(config.attention, index, layout.streams_of(index), layout.owner[index] == index)
         self.attention_out_norm = config.norm()
         self.mlp_norm = config.norm()
         self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, geglu)

@@ -141,7 +141,7 @@ class Block(nn.Module):
         self.altup = AltUp(config)
         self.attention_norm = config.norm()
         self.laurel = Laurel(config)
-        self.attention = Attention(config.attention, layout, index)
+        self.attention = Attention(config.attention, index, layout.streams_of(index), layout.owner[index] == index)
         self.attention_out_norm = config.norm()
         self.mlp_norm = config.norm()
         self.mlp = GatedMlp(config.hidden_size, config.intermediate_sizes[index], activation_for(config.sparsities[index]))

@@ -7,14 +7,14 @@ keys and values are two norms of one projection (`layers/key_from_value.py`). Th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvshare.cache.step import Step
+from kvshare.cache.step import KeyRebuild, Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.activations import geglu
@@ -24,7 +24,7 @@ from kvshare.layers.key_from_value import KeyRotations
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
 from kvshare.layers.per_layer_embedding import PerLayerEmbedding
-from kvshare.layout import CacheLayout
+from kvshare.layout import CacheLayout, Stream
 from kvshare.layout.config import Fields
 from kvshare.models.gemma_attention import Attention, AttentionShape
 from kvshare.models.gemma_base import Context, GemmaModel, block_sources, per_layer_sources
@@ -122,15 +122,16 @@ class PerLayerGate(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Gemma4Config, layout: CacheLayout, index: int, key_rotations: KeyRotations):
+    def __init__(self, config: Gemma4Config, index: int, kind: str, streams: Sequence[Stream], owns: bool, key_rotations: KeyRotations):
+        """`streams` are what the layer attends to: its own, or those of the layer that it reads."""
         super().__init__()
-        self.index, self.kind, self.owns = index, layout.layers[index].kind, layout.owner[index] == index
+        self.index, self.kind = index, kind
         self.attention_norm = RMSNorm(config.hidden_size, config.eps)
         shape = AttentionShape(config.hidden_size, config.num_heads, config.eps, config.bias)
-        key_is_value = config.key_is_value and self.kind == "full"
-        self.attention = Attention(shape, layout, index, key_rotations if key_is_value else None)
+        key_is_value = config.key_is_value and kind == "full"
+        self.attention = Attention(shape, index, streams, owns, key_rotations if key_is_value else None)
         self.attention_out_norm = RMSNorm(config.hidden_size, config.eps)
-        wide = 2 if config.wide_readers and not self.owns else 1
+        wide = 2 if config.wide_readers and not owns else 1
         self.feed_forward = FeedForward(config, wide * config.intermediate_size)
         self.feed_forward_out_norm = RMSNorm(config.hidden_size, config.eps)
         self.per_layer = PerLayerGate(config) if config.per_layer_width else None
@@ -138,7 +139,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:  # [tokens, hidden]
         normed, q = self.attention_norm(x), None
-        if self.owns:
+        if self.attention.owns:
             q = self.attention.append(normed, context.rotations[self.kind], context.step)
         if context.step.narrows(self.index):
             kept, context = context.step.rows_kept, context.narrowed(self.index)
@@ -160,13 +161,20 @@ class Gemma4(GemmaModel):
         self.config = Gemma4Config.read(config)
         width, count = self.config.per_layer_width, len(layout.layers)
         key_rotations = KeyRotations(self.frequencies["full"])
-        blocks = [Block(self.config, layout, index, key_rotations) for index in range(count)]
-        for block, owner in zip(blocks, layout.owner, strict=True):
-            if "k" not in block.attention.stored:
-                block.attention.rebuild = blocks[owner].attention.keys_from
+        blocks = [
+            Block(self.config, index, layer.kind, layout.streams_of(index), layer.owner == index, key_rotations)
+            for index, layer in enumerate(layout.layers)
+        ]
         self.blocks = nn.ModuleList(blocks)
+        for block in blocks:
+            block.attention.rebuild = self.key_rebuild(block.index)
         entries, hidden, eps = self.config.per_layer_entries, self.config.hidden_size, self.config.eps
         self.per_layer = PerLayerEmbedding(entries, count, width, hidden, eps) if width else None
+
+    def key_rebuild(self, layer: int) -> KeyRebuild | None:
+        """How the keys that `layer` reads are made from what its owner stores; None where it stores them."""
+        attention = self.blocks[self.layout.owner[layer]].attention
+        return attention.keys_from if isinstance(attention, Attention) and "k" not in attention.stored else None
 
     def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
         x = self.embed(tokens)
@@ -185,10 +193,10 @@ class Gemma4(GemmaModel):
         sources = self.base_sources()
         if self.per_layer is not None:
             sources |= per_layer_sources()
-        return sources | block_sources(self.blocks, _MODULE_NAMES, _TENSOR_NAMES)
+        return sources | block_sources(self.blocks, MODULE_NAMES, TENSOR_NAMES)
 
 
-_TENSOR_NAMES = {
+TENSOR_NAMES = {
     "layer_scalar": "layer_scalar",
     "feed_forward.router.scale": "router.scale",
     "feed_forward.router.expert_scale": "router.per_expert_scale",
@@ -196,7 +204,7 @@ _TENSOR_NAMES = {
     "feed_forward.experts.down": "experts.down_proj",
 }
 
-_MODULE_NAMES = {
+MODULE_NAMES = {
     "attention_norm": ("input_layernorm",),
     "attention_out_norm": ("post_attention_layernorm",),
     "feed_forward.norm": ("pre_feedforward_layernorm",),

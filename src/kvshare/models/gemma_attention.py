@@ -6,7 +6,7 @@ full layers keys and values may be two norms of one projection (`layers/key_from
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
 from kvshare.layers.reader import KeyProjection
 from kvshare.layers.rotary import Rotation
-from kvshare.layout import CacheLayout
+from kvshare.layout import Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,10 @@ class AttentionShape:
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: AttentionShape, layout: CacheLayout, index: int, key_rotations: KeyRotations | None = None):
-        """`key_rotations` is given where keys and values are norms of one projection."""
+    def __init__(self, shape: AttentionShape, index: int, streams: Sequence[Stream], owns: bool, key_rotations: KeyRotations | None = None):
+        """`streams` are those that the layer attends to; `key_rotations` is given where its keys and values share a projection."""
         super().__init__()
-        self.index, self.scale, self.key_rotations = index, shape.scale, key_rotations
-        self.owns = layout.owner[index] == index
-        streams = layout.streams_of(index)
+        self.index, self.owns, self.scale, self.key_rotations = index, owns, shape.scale, key_rotations
         self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, streams[0].heads, streams[0].width
         self.q_size = self.num_heads * self.head_dim
         self.stored = frozenset(stream.name for stream in streams)
@@ -79,11 +77,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor | None, rotation: Rotation, step: Step) -> Tensor:  # [tokens, hidden]
         """`q` is what `append` returned, if it did."""
-        q = self.qkv.part(x, 0, self.q_size) if q is None else q
-        q = rotation.half_split(self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))))
+        projected = self.qkv.part(x, 0, self.q_size) if q is None else q
+        queries = rotation.half_split(self.q_norm(projected.unflatten(-1, (self.num_heads, self.head_dim))))
         if self.key_projection is not None:
-            q = self.key_projection(q)
-        out = step.attend(self.index, q, scale=self.scale, rebuild=self.rebuild)
+            queries = self.key_projection(queries)
+        out = step.attend(self.index, queries, scale=self.scale, rebuild=self.rebuild)
         return self.output(out.flatten(1))
 
     def names(self, module: str) -> tuple[str, ...]:
