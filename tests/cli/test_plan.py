@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -185,6 +188,64 @@ def test_a_cached_config_of_the_hub_serves_offline(tmp_path: Path):
     result = run("plan", "somebody/something", HF_HUB_CACHE=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "somebody/something: 131,072 tokens" in result.stdout
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub on this machine with one repository, which has nothing but a config; it remembers what was asked for."""
+
+    asked: ClassVar[list[tuple[str, str]]] = []
+
+    def answer(self, body: bytes) -> None:
+        found = self.path == "/somebody/something/resolve/main/config.json"
+        self.asked.append((self.command, self.path))
+        self.send_response(200 if found else 404)
+        self.send_header("ETag", '"1234"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(body) if found else 0))
+        self.end_headers()
+        if found and self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.answer(CONFIG)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+CONFIG = json.dumps({"model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 64}).encode()
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    Hub.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_of_a_hub_name_only_the_config_is_fetched(hub: str, tmp_path: Path):
+    result = run("plan", "somebody/something", HF_ENDPOINT=hub, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+    assert result.returncode == 0, result.stderr
+    assert "somebody/something: 131,072 tokens" in result.stdout
+    assert {path for _, path in Hub.asked if path.startswith("/somebody/")} == {"/somebody/something/resolve/main/config.json"}
+
+
+def test_a_repository_that_the_hub_does_not_have(hub: str, tmp_path: Path):
+    result = run("plan", "somebody/nothing", HF_ENDPOINT=hub, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="0")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "somebody/nothing has no config.json that can be read (404)" in result.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(tmp_path: Path):
+    result = run("plan", "google/gemma-4-E2B-it", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="0")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "the hub cannot be reached" in result.stderr
+    assert "did you mean gemma-4-E2B" in result.stderr
 
 
 def test_several_models_stand_side_by_side_at_any_width():

@@ -75,7 +75,6 @@ def _bundled(name: str) -> ModelConfig:
 
 def _from_hub(repository: str) -> ModelConfig:
     """Only the config is fetched. The hub is asked once (huggingface_hub retries for half a minute); offline, a cached copy serves."""
-    import httpx
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -91,12 +90,11 @@ def _from_hub(repository: str) -> ModelConfig:
         raise ConfigError("model", f"{repository} {reason}{hint}") from None
     except HFValidationError as error:
         raise ConfigError("model", f"{repository} is no name of the hub: {error}{hint}") from None
-    except (OSError, httpx.TransportError):
+    except Exception as error:  # of the HTTP library below huggingface_hub, which is not the same in all of its versions
         cached = try_to_load_from_cache(repository, "config.json")
         if not isinstance(cached, str):
-            raise ConfigError(
-                "model", f"{repository} is not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set){hint}"
-            ) from None
+            reason = f"{repository} is not in the local cache, and the hub cannot be reached ({str(error).partition(chr(10))[0]})"
+            raise ConfigError("model", f"{reason}{hint}") from None
         path = cached
     return ModelConfig(repository, read_config(path), f"config.json of {repository} on the hub", repository)
 
