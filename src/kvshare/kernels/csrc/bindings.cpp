@@ -71,9 +71,9 @@ NB_MODULE(_kernels, m) {
                  nb::gil_scoped_release released;
                  self.multiply(*active, at<const void>(x), at<void>(out), bf16, rows, begin, end);
              })
-        .def("decode", [](const QuantizedWeight& self, int64_t begin, int64_t end, uintptr_t to) {
+        .def("decode", [](const QuantizedWeight& self, int64_t begin, int64_t end, uintptr_t to, bool bf16) {
             nb::gil_scoped_release released;
-            self.decode(*active, begin, end, at<uint16_t>(to));
+            self.decode(*active, begin, end, at<void>(to), bf16);
         });
 
     nb::class_<PagedAttention>(m, "PagedAttention")

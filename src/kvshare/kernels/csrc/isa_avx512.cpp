@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
@@ -16,5 +17,5 @@ namespace avx512 {
 #include "attention.h"
 #include "attention_avx512.h"
 }  // namespace avx512
-const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_rows, avx512::attend_bf16, avx512::attend_rows<float>};
+const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_avx512, avx512::attend_bf16, avx512::attend_rows<float>};
 }  // namespace kvshare

@@ -64,8 +64,8 @@ struct Isa {
     void (*round)(const void* x, bool bf16, int64_t begin, int64_t end, int64_t k, const Activations& to);
     // y[r * stride + n] = weights[n] . x[r] for `count` rows of weights of k numbers, and `rows` <= MAX_ROWS rows of activations.
     void (*multiply)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride);
-    // `count` rows of weights as bfloat16 [count, k].
-    void (*decode)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, uint16_t* to);
+    // `count` rows of weights as numbers: to[count, k], bfloat16 or float32.
+    void (*decode)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, void* to, bool bf16);
     void (*attend_bf16)(const AttendRows& rows, const AttendState& state);
     void (*attend_fp32)(const AttendRows& rows, const AttendState& state);
 };

@@ -73,8 +73,11 @@ inline void multiply_bf16(const uint8_t* weights, int64_t count, int64_t k, cons
         }
 }
 
-template <BlockType T>
-void decode_blocks(const uint8_t* weights, int64_t count, int64_t k, uint16_t* to) {
+inline void put(float value, float* to) { *to = value; }
+inline void put(float value, uint16_t* to) { *to = float_to_bf16(value); }
+
+template <BlockType T, typename Number>
+void decode_blocks(const uint8_t* weights, int64_t count, int64_t k, Number* to) {
     constexpr BlockShape shape = shape_of(T);
     const int64_t row_bytes = k / shape.weights * shape.bytes;
     for (int64_t n = 0; n < count; n++)
@@ -82,13 +85,16 @@ void decode_blocks(const uint8_t* weights, int64_t count, int64_t k, uint16_t* t
             Group w;
             read_group<T>(weights + n * row_bytes, g, w);
             for (int h = 0; h < 2; h++)
-                for (int i = 0; i < 16; i++) to[16 * h + i] = float_to_bf16(float(w.q[16 * h + i]) * w.scale[h] + w.minimum);
+                for (int i = 0; i < 16; i++) put(float(w.q[16 * h + i]) * w.scale[h] + w.minimum, to + 16 * h + i);
         }
 }
 
-inline void decode_rows(BlockType type, const uint8_t* weights, int64_t count, int64_t k, uint16_t* to) {
+template <typename Number>
+void decode_numbers(BlockType type, const uint8_t* weights, int64_t count, int64_t k, Number* to) {
     switch (type) {
-        case BlockType::BF16: memcpy(to, weights, size_t(count * k * 2)); break;
+        case BlockType::BF16:
+            for (int64_t i = 0; i < count * k; i++) put(bf16_to_float(reinterpret_cast<const uint16_t*>(weights)[i]), to + i);
+            break;
         case BlockType::Q4_0: decode_blocks<BlockType::Q4_0>(weights, count, k, to); break;
         case BlockType::Q4_1: decode_blocks<BlockType::Q4_1>(weights, count, k, to); break;
         case BlockType::Q5_0: decode_blocks<BlockType::Q5_0>(weights, count, k, to); break;
@@ -98,6 +104,11 @@ inline void decode_rows(BlockType type, const uint8_t* weights, int64_t count, i
         case BlockType::Q5_K: decode_blocks<BlockType::Q5_K>(weights, count, k, to); break;
         case BlockType::Q6_K: decode_blocks<BlockType::Q6_K>(weights, count, k, to); break;
     }
+}
+
+inline void decode_rows(BlockType type, const uint8_t* weights, int64_t count, int64_t k, void* to, bool bf16) {
+    if (bf16) decode_numbers(type, weights, count, k, static_cast<uint16_t*>(to));
+    else decode_numbers(type, weights, count, k, static_cast<float*>(to));
 }
 
 inline void multiply_rows(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride) {

@@ -113,11 +113,12 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, void* out, bool bf
     }
 }
 
-void QuantizedWeight::decode(const Isa& isa, int64_t begin, int64_t end, uint16_t* to) const {
+void QuantizedWeight::decode(const Isa& isa, int64_t begin, int64_t end, void* to, bool bf16) const {
     const std::vector<Piece> work = pieces(begin, end);
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < int64_t(work.size()); i++)
-        isa.decode(work[size_t(i)].type, work[size_t(i)].rows, work[size_t(i)].count, in_features_, to + work[size_t(i)].first * in_features_);
+        isa.decode(work[size_t(i)].type, work[size_t(i)].rows, work[size_t(i)].count, in_features_,
+                   static_cast<uint8_t*>(to) + work[size_t(i)].first * in_features_ * (bf16 ? 2 : 4), bf16);
 }
 
 }  // namespace kvshare

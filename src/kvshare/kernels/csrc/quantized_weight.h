@@ -20,8 +20,8 @@ class QuantizedWeight {
     // out[r, n - begin] = weight[n] . x[r] for n in [begin, end); x and out are float32, or bfloat16 where `bf16`.
     void multiply(const Isa& isa, const void* x, void* out, bool bf16, int64_t rows, int64_t begin, int64_t end) const;
 
-    // Rows [begin, end) as bfloat16.
-    void decode(const Isa& isa, int64_t begin, int64_t end, uint16_t* to) const;
+    // Rows [begin, end) as bfloat16 or float32.
+    void decode(const Isa& isa, int64_t begin, int64_t end, void* to, bool bf16) const;
 
     int64_t in_features() const { return in_features_; }
     int64_t out_features() const { return out_features_; }

@@ -1,0 +1,97 @@
+"""Products with weights that stay in the blocks of their file, and the same arithmetic in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.kernels.native import module
+
+GROUP = 32  # activations that share a scale
+ROWS_IN_BLOCKS = 16  # up to so many rows are multiplied with the blocks themselves; more pay for decoding them
+PANEL_BYTES = 2 << 20  # of decoded weights: they stay in the second-level caches until they are multiplied
+
+BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+"""The formats, as `PackedBlocks.type` names them, that the kernels multiply."""
+
+
+class QuantizedWeight:
+    """Matrices of the same width behind one another, each in its own format: [out_features, in_features] as a whole.
+
+    A part is `PackedBlocks`, or a bfloat16 matrix [rows, in_features]. Up to `ROWS_IN_BLOCKS` rows of activations are rounded to
+    8 bits with a scale for every 32 (not for bfloat16 parts) and multiplied with the blocks at the speed of memory. More rows are
+    left as they are, and the weights decoded a panel at a time. Raises `ValueError` for parts that do not fit together.
+    """
+
+    def __init__(self, parts: Sequence[PackedBlocks | Tensor]):
+        self.parts = tuple(parts)  # keeps the bytes alive
+        native = module()
+        self.in_features = parts[0].shape[-1]
+        segments = []
+        for part in parts:
+            data, name = (part, "BF16") if isinstance(part, Tensor) else (part.blocks, part.type.name)
+            if len(part.shape) != 2 or part.shape[1] != self.in_features or not data.is_contiguous() or (name == "BF16") != (data.dtype == torch.bfloat16):
+                raise ValueError(f"a part {tuple(part.shape)} of {name} in {data.dtype} does not fit rows of {self.in_features}")
+            segments.append((data.data_ptr(), part.shape[0], native.BlockType[name]))
+        self._native = native.QuantizedWeight(segments, self.in_features)
+        self.out_features: int = self._native.out_features
+
+    @property
+    def nbytes(self) -> int:
+        return self._native.bytes
+
+    def matmul(self, x: Tensor, start: int = 0, end: int | None = None, out: Tensor | None = None) -> Tensor:
+        """x Wᵀ for outputs `start:end`: [rows, in_features] -> [rows, end - start], both float32 or bfloat16."""
+        end = self.out_features if end is None else end
+        if x.dtype not in (torch.bfloat16, torch.float32) or x.dim() != 2 or x.shape[1] != self.in_features or not 0 <= start <= end <= self.out_features:
+            raise ValueError(f"outputs {start}:{end} of a weight {[self.out_features, self.in_features]} for {x.dtype} activations {list(x.shape)}")
+        if out is None:
+            out = torch.empty(x.shape[0], end - start, dtype=x.dtype)
+        elif out.shape != (x.shape[0], end - start) or out.dtype != x.dtype or not out.is_contiguous():
+            raise ValueError(f"out {list(out.shape)} in {out.dtype} for a product {[x.shape[0], end - start]} in {x.dtype}")
+        if x.shape[0] > ROWS_IN_BLOCKS:
+            return self._matmul_decoded(x, start, end, out)
+        x = x.contiguous()
+        self._native.multiply(x.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], start, end)
+        return out
+
+    def decode(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Rows `start:end` as float32 or bfloat16: [end - start, in_features]."""
+        rows = torch.empty(end - start, self.in_features, dtype=dtype)
+        self._native.decode(start, end, rows.data_ptr(), dtype == torch.bfloat16)
+        return rows
+
+    def _matmul_decoded(self, x: Tensor, start: int, end: int, out: Tensor) -> Tensor:
+        step = max(32, PANEL_BYTES // (self.in_features * x.element_size()) // 32 * 32)
+        panel = torch.empty(min(step, end - start), self.in_features, dtype=x.dtype)
+        for low in range(start, end, step):
+            rows = panel[: min(step, end - low)]
+            self._native.decode(low, low + len(rows), rows.data_ptr(), x.dtype == torch.bfloat16)
+            out[:, low - start : low - start + len(rows)] = F.linear(x, rows)
+        return out
+
+
+def round_activations(x: Tensor) -> Tensor:  # [rows, in_features] -> float64, the same shape
+    """What the kernels make of activations: 8-bit integers, to nearest even, times a scale for every 32."""
+    groups = x.float().unflatten(-1, (-1, GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0)
+    return (torch.round(groups * inverse).double() * (largest / 127).double()).flatten(-2)
+
+
+def reference_matmul(parts: Sequence[PackedBlocks | Tensor], x: Tensor) -> Tensor:  # [rows, in_features] -> float64 [rows, out_features]
+    """`QuantizedWeight.matmul` of up to `ROWS_IN_BLOCKS` rows in plain torch.
+
+    The kernels add in float32 and in another order: they differ by at most 2^-20 of the sum of |x| |w|, before `out` is rounded to its dtype.
+    """
+    outs = []
+    for part in parts:
+        if isinstance(part, Tensor):
+            outs.append(x.double() @ part.double().T)
+        else:
+            outs.append(round_activations(x) @ part.dequantize().double().T)
+    return torch.cat(outs, dim=-1)

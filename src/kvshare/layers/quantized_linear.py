@@ -1,0 +1,30 @@
+"""Linear layers whose weights stay in the quantized blocks of their file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.kernels.quantized_weight import QuantizedWeight
+
+
+class QuantizedLinear(nn.Module):
+    """Stands in for `Linear`: y = x Wᵀ (+ b), with the projections that lie behind one another each in its own format.
+
+    The blocks are no parameters: they stay views of the mapped file, and no gradient reaches them.
+    """
+
+    def __init__(self, parts: Sequence[PackedBlocks | Tensor], bias: Tensor | None = None):  # bias [out_features]
+        super().__init__()
+        self.weight = QuantizedWeight(parts)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
+        return self.part(x, 0, self.weight.out_features)
+
+    def part(self, x: Tensor, start: int, end: int) -> Tensor:  # [..., in_features] -> [..., end - start]
+        """Only outputs `start:end`: one of the projections that lie together."""
+        out = self.weight.matmul(x.reshape(-1, x.shape[-1]), start, end).view(*x.shape[:-1], end - start)
+        return out if self.bias is None else out.add_(self.bias[start:end].to(out.dtype))
