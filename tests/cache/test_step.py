@@ -7,12 +7,15 @@ import hashlib
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from parity.harness import WAYS, Paged, random_ids
 
 from kvshare.cache.arena import Arena
 from kvshare.cache.paged_step import PagedCache, PagedStep
 from kvshare.cache.step import DenseStep
 from kvshare.cache.tables import SequenceCache
+from kvshare.layout import CacheLayout, LayerCache, State, Stream
 from kvshare.models.llama import Block, Llama
 
 
@@ -99,3 +102,21 @@ def test_dense_step_lets_gradients_reach_an_owner_through_its_reader() -> None:
     for block in model.blocks:
         assert block.attention.qkv.weight.grad is not None
         assert block.attention.qkv.weight.grad.abs().max() > 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 3000), st.sampled_from(["fp32", "bf16", "int64"])), min_size=1, max_size=5), st.integers(1, 4))
+def test_states_lie_end_to_end_and_do_not_touch_each_other(sizes: list[tuple[int, str]], sequences: int) -> None:
+    """Whatever their sizes, over however many pages: each is zero at first and holds what was put there, in every sequence."""
+    states = tuple(State(f"s{index}", (size,), dtype) for index, (size, dtype) in enumerate(sizes))
+    layout = CacheLayout((LayerCache("any", 0, (Stream("k", 1, 8), Stream("v", 1, 8)), states),))
+    arena = Arena(200, layout.page_bytes())
+    arena.pages.fill_(0xFF)
+    caches = [SequenceCache(layout, arena) for _ in range(sequences)]
+    for cache in caches:
+        cache.reserve(1)
+    step = PagedStep(PagedCache(layout, "bf16"), caches, [1] * sequences)
+    assert not any(step.state(0, state.name).any() for state in states)
+    values = {state.name: torch.randint(-9, 9, (sequences, *state.shape)) for state in states}
+    for name, value in values.items():
+        step.replace_state(0, name, value)
+    assert all(torch.equal(step.state(0, name).long(), value) for name, value in values.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,16 +93,3 @@ def test_a_fork_never_changes_the_pages_of_its_origin(layout: CacheLayout, past:
     child.release()
     cache.release()
     assert arena.num_free == arena.num_pages
-
-
-@given(st.integers(0, 5000), st.integers(1, 5000))
-def test_states_lie_end_to_end_over_pages(offset: int, size: int) -> None:
-    layout = CacheLayout((LayerCache("any", 0, (), (State("s", (10_000,), "fp16"),)),))
-    arena = Arena(8, layout.page_bytes())
-    cache = SequenceCache(layout, arena)
-    cache.reserve(1)
-    assert not cache.read_state(0, 20_000).any()
-    values = torch.randint(1, 255, (size,), dtype=torch.uint8)
-    cache.write_state(offset, values)
-    assert torch.equal(cache.read_state(offset, size), values)
-    assert int(cache.read_state(0, 20_000).count_nonzero()) == size

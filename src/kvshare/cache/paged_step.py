@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ _STATE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 
 
 class PagedCache:
-    """What is the same in every step of an engine: codecs by owner, and where each state lies in a sequence's state bytes."""
+    """What is the same in every step of an engine: codecs by owner, and where each state lies in a sequence's state pages."""
 
     def __init__(self, layout: CacheLayout, precision: PrecisionChoice):
         self.layout = layout
@@ -28,12 +29,18 @@ class PagedCache:
                 self.codecs[owner, stream.name] = codec_for(form, stream)
                 self.row_bytes[owner, stream.name] = stream.row_bytes(form)
         self.read_again = frozenset(owner for owner in layout.owners if layout.readers(owner))
-        self.state_offsets: dict[tuple[int, str], int] = {}
-        offset = 0
+        self.state_places: dict[tuple[int, str], list[tuple[int, int, int]]] = {}  # (which state page, first byte, end), in order
+        start = 0
         for index, layer in enumerate(layout.layers):
             for state in layer.states:
-                self.state_offsets[index, state.name] = offset
-                offset += state.num_bytes
+                self.state_places[index, state.name] = _places(start, start + state.num_bytes, layout.page_bytes(precision))
+                start += state.num_bytes
+
+
+def _places(start: int, end: int, page_bytes: int) -> list[tuple[int, int, int]]:
+    """Bytes `start:end` of the states, which lie end to end over a sequence's state pages, page by page."""
+    pages = range(start // page_bytes, -(-end // page_bytes))
+    return [(page, max(start - page * page_bytes, 0), min(end - page * page_bytes, page_bytes)) for page in pages]
 
 
 class PagedStep(Step):
@@ -83,13 +90,19 @@ class PagedStep(Step):
         return self.cache.codecs[layer, stream.name].decode(encoded, stream.heads, stream.width)
 
     def state(self, layer: int, name: str) -> Tensor:
-        described = state_named(self.layout.layers[layer], name)
-        offset = self.cache.state_offsets[layer, name]
-        read = [c.read_state(offset, described.num_bytes) for c in self.caches]
-        return torch.stack(read).view(_STATE_DTYPES[described.dtype]).view(len(read), *described.shape)
+        described, pages = state_named(self.layout.layers[layer], name), self.caches[0].arena.pages
+        parts = [pages[self._state_pages[page], start:end] for page, start, end in self.cache.state_places[layer, name]]
+        stored = torch.cat(parts, dim=1)  # uint8 [sequences, bytes]
+        return stored.view(_STATE_DTYPES[described.dtype]).view(len(stored), *described.shape)
 
     def replace_state(self, layer: int, name: str, values: Tensor) -> None:
         described = state_named(self.layout.layers[layer], name)
         stored = values.to(_STATE_DTYPES[described.dtype]).flatten(1).contiguous().view(torch.uint8)  # [sequences, bytes]
-        for cache, row in zip(self.caches, stored, strict=True):
-            cache.write_state(self.cache.state_offsets[layer, name], row)
+        pages, done = self.caches[0].arena.pages, 0
+        for page, start, end in self.cache.state_places[layer, name]:
+            pages[self._state_pages[page], start:end] = stored[:, done : done + end - start]
+            done += end - start
+
+    @cached_property
+    def _state_pages(self) -> Tensor:  # [state pages of a sequence, sequences], in the arena
+        return torch.tensor([cache.state_pages for cache in self.caches], device=self.caches[0].arena.pages.device).t()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from kvshare.cache.arena import Arena
 from kvshare.layout import CacheLayout, PrecisionChoice, Stream
 
@@ -111,22 +108,6 @@ class SequenceCache:
     @property
     def num_pages(self) -> int:
         return len(self.state_pages) + sum(len(table.pages) for table in self.tables.values())
-
-    def read_state(self, offset: int, num_bytes: int) -> Tensor:
-        """A copy of bytes `offset ...` of the states, which lie end to end over the state pages: uint8 [num_bytes]."""
-        size = self.arena.page_bytes
-        pages = self.state_pages[offset // size : (offset + num_bytes - 1) // size + 1]
-        start = offset % size
-        return torch.cat([self.arena.pages[page] for page in pages])[start : start + num_bytes]
-
-    def write_state(self, offset: int, values: Tensor) -> None:
-        """Replace the bytes from `offset` on by `values` (uint8, flat)."""
-        size, done = self.arena.page_bytes, 0
-        while done < values.numel():
-            page, start = divmod(offset + done, size)
-            count = min(size - start, values.numel() - done)
-            self.arena.pages[self.state_pages[page], start : start + count].copy_(values[done : done + count])
-            done += count
 
     def _shared_open_pages(self, end: int) -> list[PageTable]:
         """The tables whose last page is partly filled, will be written before `end`, and has another holder."""
