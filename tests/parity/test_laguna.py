@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from parity.harness import assert_equals_oracle, load, oracle_logits, random_ids, randomise
+from parity.harness import assert_equals_oracle, greedy, load, oracle_greedy, oracle_logits, random_ids, randomise
 
 from kvshare.errors import ConfigError
 from kvshare.layout import layout_from_config
@@ -75,6 +75,13 @@ def test_logits_equal_transformers(shape: str, tmp_path: Path) -> None:
     oracle.save_pretrained(tmp_path)
     ids = random_ids(BASE["vocab_size"])
     assert_equals_oracle(load(tmp_path), oracle_logits(oracle, ids), ids)
+
+
+def test_greedy_tokens_equal_generate(tmp_path: Path) -> None:
+    oracle = oracle_of()
+    oracle.save_pretrained(tmp_path)
+    prompts = random_ids(BASE["vocab_size"], sequences=3, tokens=19)
+    assert torch.equal(greedy(load(tmp_path), prompts, 16), oracle_greedy(oracle, prompts, 16))
 
 
 def test_released_and_resaved_checkpoints_give_the_same_model(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from parity.harness import Paged, assert_equals_oracle, load, one_shot, oracle_logits, random_ids, randomise
+from parity.harness import Paged, assert_equals_oracle, greedy, load, one_shot, oracle_greedy, oracle_logits, random_ids, randomise
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -53,6 +53,13 @@ def test_logits_equal_transformers(shape: str, tmp_path: Path) -> None:
     oracle.save_pretrained(tmp_path)
     ids = random_ids(BASE["vocab_size"], sequences=3)
     assert_equals_oracle(load(tmp_path), oracle_logits(oracle, ids), ids)
+
+
+def test_greedy_tokens_equal_generate(tmp_path: Path) -> None:
+    oracle = oracle_of(layer_types=[FULL, SLIDING] * 2, sliding_window=8)
+    oracle.save_pretrained(tmp_path)
+    prompts = random_ids(BASE["vocab_size"], sequences=3, tokens=19)
+    assert torch.equal(greedy(load(tmp_path), prompts, 16), oracle_greedy(oracle, prompts, 16))
 
 
 SKIP_BIAS = 0.1
