@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvshare.layout import PRECISIONS, CacheLayout, LayerCache, State, Stream
@@ -73,6 +73,7 @@ def layouts(draw: st.DrawFn) -> CacheLayout:
 precisions = st.sampled_from(sorted(PRECISIONS))
 
 
+@settings(deadline=None)
 @given(layouts(), st.integers(0, 300), precisions)
 def test_payload_and_pages_equal_a_row_by_row_simulation(layout: CacheLayout, context: int, precision: str):
     pages = simulated(layout, precision)
@@ -86,6 +87,7 @@ def test_payload_and_pages_equal_a_row_by_row_simulation(layout: CacheLayout, co
     assert layout.held_bytes(context, 1, precision) == (sum(len(one.held) for one in pages) + -(-layout.state_bytes // page)) * page
 
 
+@settings(deadline=None)
 @given(st.integers(1, 70), st.integers(1, 9), st.sampled_from([1, 4, 128]), st.integers(-3, 3), precisions)
 def test_held_pages_are_exact_around_every_boundary(window: int, pages: int, tokens_per_row: int, offset: int, precision: str):
     """Contexts next to a window's end, a page's end and a compression block's end, where an error of one row shows."""
@@ -104,6 +106,7 @@ def test_held_pages_are_exact_around_every_boundary(window: int, pages: int, tok
             assert layout.held_pages(context, precision) == sum(len(one.held) for one in simulation)
 
 
+@settings(deadline=None)
 @given(layouts(), st.integers(0, 3000), st.integers(1, 5), precisions, st.integers(1, 700), st.integers(0, 8))
 def test_payload_fits_what_is_held_and_what_is_held_fits_the_peak(
     layout: CacheLayout, context: int, batch: int, precision: str, chunk: int, draft: int
@@ -115,6 +118,7 @@ def test_payload_fits_what_is_held_and_what_is_held_fits_the_peak(
     assert layout.bytes_by_kind(context, batch, precision)["shared"] == 0
 
 
+@settings(deadline=None)
 @given(layouts(), st.integers(0, 3000), st.integers(1, 4), precisions)
 def test_more_context_or_batch_never_has_a_lower_peak(layout: CacheLayout, context: int, batch: int, precision: str):
     """What the search for the longest context and the largest batch relies on."""
@@ -123,6 +127,7 @@ def test_more_context_or_batch_never_has_a_lower_peak(layout: CacheLayout, conte
     assert peak <= layout.peak_bytes(context, batch + 1, precision)
 
 
+@settings(deadline=None)
 @given(layouts(), st.data())
 def test_no_sequence_of_steps_holds_more_than_the_peak(layout: CacheLayout, data: st.DataObject):
     """Prompts in chunks that are split over sequences, drafted decode steps in the others, pages freed only between steps."""
@@ -167,6 +172,7 @@ def test_the_peak_covers_the_worst_split_of_a_chunk_over_sequences(window: int, 
         assert worst <= layout.peak_pages(10_000, batch, "bf16", chunk, draft) <= worst + batch - 1
 
 
+@settings(deadline=None)
 @given(layouts(), st.integers(500, 3000), precisions)
 def test_what_a_token_adds_at_the_margin(layout: CacheLayout, context: int, precision: str):
     block = 128
@@ -175,6 +181,7 @@ def test_what_a_token_adds_at_the_margin(layout: CacheLayout, context: int, prec
     assert added == block * layout.bytes_per_token(precision)
 
 
+@settings(deadline=None)
 @given(layouts(), st.integers(0, 600), precisions)
 def test_sharing_and_windows_only_ever_save(layout: CacheLayout, context: int, precision: str):
     stored = layout.bytes(context, 1, precision)

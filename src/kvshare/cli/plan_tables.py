@@ -13,6 +13,7 @@ from kvshare.cli.units import format_bytes, format_count
 from kvshare.layout import KINDS, CacheLayout, LayerCache, State, Stream
 from kvshare.planner import ModelPlan
 from kvshare.planner.engines import Deployment
+from kvshare.planner.report import UNBOUNDED
 
 _KINDS = {
     "full": "full attention",
@@ -214,4 +215,6 @@ def _per_token(report: ModelPlan) -> str:
 
 
 def _count(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"
+    if number is None:
+        return "-"
+    return "any" if number == UNBOUNDED else f"{number:,}"

@@ -20,7 +20,7 @@ DEFAULT_CHUNK = 512  # rows of a prompt that one step computes: what the engine 
 WEIGHT_BITS: Mapping[str, Fraction] = {"bf16": Fraction(16), "int8": Fraction(17, 2), "int4": Fraction(9, 2)}
 """Bits a weight; 8 and 4 bits with a 16-bit scale for each 32 weights, as GGUF's Q8_0 and Q4_0 store them."""
 
-_UNBOUNDED = 1 << 40  # where a search for the longest context or the largest batch gives up
+UNBOUNDED = 1 << 40  # where a search for the longest context or the largest batch gives up
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +114,7 @@ def plan(
     `context` defaults to 131,072 tokens, or the model's own limit where that is less; `memory` is in bytes and holds the weights too.
     Raises `ConfigError` for configs that cannot be read, and where `memory` is given for a model whose weights are not counted.
     """
-    for name, value in (("context", context), ("batch", batch), ("chunk", chunk), ("memory", memory)):
-        if value is not None and value < 1:
-            raise ConfigError(name, f"must be at least 1, not {value}")
-    for name in (kv_dtype,) if isinstance(kv_dtype, str) else kv_dtype.values():
-        precision_named(name)
-    if weights not in WEIGHT_BITS:
-        raise ConfigError("weights", f"unknown precision {weights!r}: choose one of {', '.join(WEIGHT_BITS)}")
+    _check_arguments({"context": context, "batch": batch, "chunk": chunk, "memory": memory}, kv_dtype, weights)
     found = resolve(model) if isinstance(model, str) else model
     layout = layout_from_config(found.config, kv_layout)
     context = context or min(DEFAULT_CONTEXT, layout.max_context or DEFAULT_CONTEXT)
@@ -134,13 +128,12 @@ def plan(
             raise ConfigError("memory", f"nothing can be said about it, because the weights are not counted ({error})") from None
         sized = None
         warnings.append(f"the weights are not counted ({error})")
-    split = layout.bytes_by_kind(context, batch, kv_dtype)
     longest = largest = None
     if memory is not None and sized is not None:
         left = memory - sized.bytes
-        limit = layout.max_context or _UNBOUNDED
-        longest = _largest(lambda tokens: layout.peak_bytes(tokens, batch, kv_dtype, chunk) <= left, limit)
-        largest = _largest(lambda sequences: layout.peak_bytes(context, sequences, kv_dtype, chunk) <= left, _UNBOUNDED)
+        longest = _largest(lambda tokens: layout.peak_bytes(tokens, batch, kv_dtype, chunk) <= left, layout.max_context or UNBOUNDED)
+        largest = _largest(lambda sequences: layout.peak_bytes(context, sequences, kv_dtype, chunk) <= left, UNBOUNDED)
+    split = layout.bytes_by_kind(context, batch, kv_dtype)
     return ModelPlan(
         model=found,
         layout=layout,
@@ -164,6 +157,16 @@ def plan(
         max_batch=largest,
         warnings=tuple(warnings),
     )
+
+
+def _check_arguments(numbers: Mapping[str, int | None], kv_dtype: PrecisionChoice, weights: str) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ConfigError(name, f"must be at least 1, not {value}")
+    for name in (kv_dtype,) if isinstance(kv_dtype, str) else kv_dtype.values():
+        precision_named(name)
+    if weights not in WEIGHT_BITS:
+        raise ConfigError("weights", f"unknown precision {weights!r}: choose one of {', '.join(WEIGHT_BITS)}")
 
 
 def check_fits(report: ModelPlan) -> None:
