@@ -57,6 +57,6 @@ def test_another_site_cannot_reach_an_open_local_server(server: Server, host: st
     assert "--api-key" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]", "[::1]:8000"])
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:1", "127.1.2.3:8000", "[::1]", "[::1]:8000"])
 def test_this_machine_can(server: Server, host: str) -> None:
     assert server.http.get("/v1/models", headers={"Host": host}).status_code == 200

@@ -146,6 +146,32 @@ def test_a_job_may_be_cancelled_before_it_is_added_and_after_it_ended(checkpoint
     assert llm.arena.num_free == llm.arena.num_pages
 
 
+def test_a_crowd_that_does_not_fit_and_partly_leaves(checkpoint: Path, reference: LLM) -> None:
+    """Preempted, cancelled, queued and finished side by side: who stays gets exactly the text that it gets alone."""
+    lengths = [40 + 23 * (index % 7) for index in range(24)]
+
+    def visit(server: Server, index: int) -> str | None:
+        fields = {**LONG_SDK, "prompt": f"visitor {index} " * (1 + index % 5), "max_tokens": lengths[index]}
+        stream = server.client.completions.create(**fields, stream=True)
+        if index % 3 == 0:
+            for _, _ in zip(range(index), stream, strict=False):
+                pass
+            stream.close()
+            return None
+        return "".join(chunk.choices[0].text for chunk in stream)
+
+    with serving(lambda: load_tiny(checkpoint, max_context=512, max_sequences=8, kv_memory=260_000)) as server:
+        server.wait_until_loaded()
+        with ThreadPoolExecutor(24) as pool:
+            texts = list(pool.map(lambda index: visit(server, index), range(24)))
+        server.assert_idle()
+        assert server.llm.engine.scheduler.num_preemptions > 0
+    for index, text in enumerate(texts):
+        if text is not None:
+            params = SamplingParams(temperature=0, max_tokens=lengths[index], ignore_eos=True)
+            assert text == reference.generate([f"visitor {index} " * (1 + index % 5)], params)[0].outputs[0].text
+
+
 class Failure:
     """Makes the model raise once, from its own forward pass."""
 

@@ -74,6 +74,11 @@ def test_prompts_that_the_engine_refuses(server: Server, prompt: Any) -> None:
     refused(server, "/v1/completions", {**COMPLETION, "prompt": prompt})
 
 
+def test_a_stream_that_is_refused_has_a_status_of_its_own(server: Server) -> None:
+    for _ in range(20):
+        refused(server, "/v1/completions", {**COMPLETION, "prompt": [10**9], "stream": True})
+
+
 def test_one_bad_prompt_refuses_all(server: Server) -> None:
     refused(server, "/v1/completions", {**COMPLETION, "prompt": [[1], [2], [10**9]]})
     server.assert_idle()

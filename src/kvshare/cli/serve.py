@@ -98,11 +98,10 @@ def _say(text: str) -> None:
 
 
 def _describe(llm: LLM) -> str:
-    """What was loaded, and the cache that was planned and allocated for it."""
+    """The cache that was planned and allocated, and what fits into it."""
     arena, engine = llm.arena, llm.engine
     together = engine.policy.longest_context(engine.scheduler.max_sequences, limit=llm.max_context)
     return (
-        f"{llm.origin}\n"
         f"cache: {format_bytes(arena.num_pages * arena.page_bytes)} in {arena.num_pages:,} pages of {arena.page_bytes:,} bytes; "
         f"context {llm.max_context:,} tokens, or {together:,} in each of {engine.scheduler.max_sequences} sequences at once"
     )

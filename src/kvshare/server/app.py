@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -271,5 +272,9 @@ def _event(content: Mapping[str, Any]) -> bytes:
 
 
 def _is_local(host: str) -> bool:
+    """Whether a `Host` header, with or without a port, names the loopback interface."""
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-    return name.lower() in ("localhost", "127.0.0.1", "[::1]")
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return name.lower() == "localhost"

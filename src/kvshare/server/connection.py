@@ -11,7 +11,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 MAX_CONNECTIONS = 512
 MAX_HEADER_BYTES = 64 << 10
 HEADER_SECONDS = 20.0  # from the connection, or from the first byte of a further request, to the end of its headers
-WRITE_SECONDS = 60.0  # for a client to take what the kernel does not hold; then the connection is cut
+WRITE_SECONDS = 60.0  # for a client to take what the kernel does not hold, or at least ...
+LEAST_WRITE_BYTES = 64 << 10  # ... this much of it; then the connection is cut
 
 
 class BoundedProtocol(H11Protocol):
@@ -44,11 +45,22 @@ class BoundedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+            self._expect_reading()
 
     def resume_writing(self) -> None:
         self._write_timer = _cancel(self._write_timer)
         super().resume_writing()
+
+    def _expect_reading(self) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self._check_reading, waiting)
+
+    def _check_reading(self, waiting: int) -> None:
+        """A long answer over a slow line goes on; one that (almost) nobody reads does not."""
+        if waiting - self.transport.get_write_buffer_size() >= LEAST_WRITE_BYTES:
+            self._expect_reading()
+        else:
+            self.transport.abort()
 
     @property
     def _idle(self) -> bool:

@@ -51,6 +51,8 @@ class Job:
         """Returns when the engine has taken all prompts. Raises `ApiError` if it refuses one; then it has taken none."""
         while not self._accepted:
             await self._wait()
+        if self._error is not None:
+            raise self._error
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """What has come since the last time, in order, until every choice is finished. Raises `ApiError` if the engine fails.
@@ -65,7 +67,8 @@ class Job:
             yield new
 
     async def _wait(self) -> None:
-        await self._news.wait()
+        if self._error is None:
+            await self._news.wait()
         self._news.clear()
         if self._error is not None:
             raise self._error
