@@ -205,6 +205,22 @@ def test_tables_that_do_not_fit_are_refused(metadata: dict[str, Any], message: s
         tokenizer_from_metadata(metadata, {"model_type": "llama", "vocab_size": 1 << 20}, "file.gguf")
 
 
+JUNK = [None, "", "text", True, -1, 3, 1 << 63, 0.5, [], [1], ["a"], ["a b"], [None], [[]]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(kind=st.sampled_from(["gpt2", "llama", "gemma4"]), data=st.data())
+def test_junk_in_any_key_is_refused_or_makes_a_tokenizer(kind: str, data: st.DataObject):
+    metadata = dict(GPT2_METADATA) if kind == "gpt2" else sentence_piece_metadata(model=kind)
+    for key in data.draw(st.lists(st.sampled_from(sorted(metadata)), min_size=1, max_size=3)):
+        metadata[key] = data.draw(st.sampled_from(JUNK))
+    try:
+        tokenizer = tokenizer_from_metadata(metadata, {"model_type": "llama", "vocab_size": 1000}, "file.gguf")
+    except CheckpointError:
+        return
+    tokenizer.decode(tokenizer.encode("a b"))
+
+
 @pytest.mark.demo
 def test_gemmas_ids_are_those_of_its_published_tokenizer():
     """Expected ids were taken from the tokenizer.json that Google publishes with Gemma 3."""

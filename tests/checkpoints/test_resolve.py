@@ -41,6 +41,12 @@ def test_what_names_nothing_is_refused_with_what_would(where: str, message: str,
         open_checkpoint(where.format(here=tmp_path))
 
 
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(tmp_path: Path):
+    for where in (tmp_path, "smollm2"):
+        with pytest.raises(CheckpointError, match="has no revision 'main'"):
+            open_checkpoint(where, revision="main")
+
+
 @pytest.fixture
 def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The hub's own cache in an empty directory, and no hub."""
@@ -56,7 +62,10 @@ def test_a_hub_name_is_found_in_the_hubs_cache_without_a_network(offline_hub: Pa
     refs.mkdir()
     (refs / "main").write_text("a" * 40)
     random_model("llama").save_pretrained(snapshot)
-    assert locate("organisation/model") == snapshot
+    (snapshot / "Q8").mkdir()
+    write_gguf(snapshot / "Q8" / "model.gguf", random_model("llama"))
+    assert locate("organisation/model") == locate("organisation/model", "main") == snapshot
+    assert locate("organisation/model/Q8/model.gguf") == snapshot / "Q8" / "model.gguf"
     assert "model.embed_tokens.weight" in open_checkpoint("organisation/model").names()
 
 

@@ -86,11 +86,14 @@ def test_a_turns_end_that_no_template_writes_does_not_end_a_text(tmp_path: Path)
     assert in_directory(tmp_path).eos_ids == {EOS}
 
 
-@pytest.mark.parametrize("where", ["file", "settings", "list of named ones"])
+@pytest.mark.parametrize("where", ["file", "older file", "settings", "list of named ones"])
 def test_the_chat_template_is_found_wherever_it_is_kept(where: str, tmp_path: Path):
     if where == "file":
         (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
         own: Any = "the file comes first"
+    elif where == "older file":
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+        own = "the file comes first"
     else:
         own = (
             CHAT_TEMPLATE
@@ -102,6 +105,12 @@ def test_the_chat_template_is_found_wherever_it_is_kept(where: str, tmp_path: Pa
     rendered = tokenizer.render_chat([{"role": "user", "content": "hi"}])
     assert rendered == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.encode(rendered, special=False)[-len("assistant\n") - 1] == TURN_BEGIN
+
+
+def test_a_template_that_is_no_text_is_one_clear_error(tmp_path: Path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
+        in_directory(tmp_path)
 
 
 def test_a_base_model_refuses_to_chat(tmp_path: Path):

@@ -43,6 +43,8 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], config: Mapping[str, An
     if len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{origin}: its vocabulary names a token twice")
     types = keys.get("token_type", [TokenType.NORMAL] * len(tokens))
+    if not isinstance(types, list):
+        raise CheckpointError(f"{origin}: tokenizer.ggml.token_type is no list")
     if len(types) != len(tokens) or len(tokens) > config["vocab_size"]:
         raise CheckpointError(
             f"{origin}: {len(tokens)} tokens, {len(types)} token types and {config['vocab_size']} embeddings do not fit together"

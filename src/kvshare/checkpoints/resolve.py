@@ -11,7 +11,7 @@ from kvshare.checkpoints.packages import PACKAGES, packaged_file
 from kvshare.errors import CheckpointError
 
 DEMO = "demo"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+?(?<!\.gguf)(?<!\.safetensors))(?:/([\w./-]+\.gguf))?")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"]
 _HUB_DUPLICATES = ["*/*", "consolidated*"]  # subfolders and the same weights in the vendor's own naming
 
@@ -19,7 +19,8 @@ _HUB_DUPLICATES = ["*/*", "consolidated*"]  # subfolders and the same weights in
 def open_checkpoint(where: str | Path, revision: str | None = None) -> Checkpoint:
     """The checkpoint that `where` names; `revision` is a hub branch, tag or commit.
 
-    In this order: a path that exists, `demo`, a package's name (`smollm2`, `gemma3-270m`), a hub name (`organisation/model`).
+    In this order: a path that exists, `demo`, a package's name (`smollm2`, `gemma3-270m`), a hub name (`organisation/model`,
+    or `organisation/model/file.gguf` for one GGUF file of a repository).
     Raises `CheckpointError` where nothing is found, or what is found is broken or in a format that does not load.
     """
     path = locate(where, revision)
@@ -35,14 +36,17 @@ def open_checkpoint(where: str | Path, revision: str | None = None) -> Checkpoin
 def locate(where: str | Path, revision: str | None = None) -> Path:
     """The directory or GGUF file that `where` names, fetched or put together where that is needed. Raises `CheckpointError`."""
     path, name = Path(where).expanduser(), str(where)
+    on_hub = None if path.exists() else _HUB_NAME.fullmatch(name)
+    if revision is not None and on_hub is None:
+        raise CheckpointError(f"{name!r} is no hub name (organisation/model), so it has no revision {revision!r}")
     if path.exists():
         return _local(path)
     if name == DEMO:
         return Path(str(files("kvshare") / "demo" / "checkpoint"))
     if name in PACKAGES:
         return packaged_file(name)
-    if _HUB_NAME.fullmatch(name) and not name.endswith((".gguf", ".safetensors")):
-        return _fetch(name, revision)
+    if on_hub is not None:
+        return _fetch(on_hub[1], on_hub[2], revision)
     known = ", ".join((DEMO, *PACKAGES))
     raise CheckpointError(f"{name!r} is no path that exists, no name that kvshare knows ({known}) and no hub name (organisation/model)")
 
@@ -62,12 +66,20 @@ def _local(path: Path) -> Path:
     return path
 
 
-def _fetch(name: str, revision: str | None) -> Path:
-    """The snapshot of a hub repository in the hub's own cache. Honours HF_HUB_OFFLINE, HF_HOME and HF_TOKEN, as huggingface_hub does."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+def _fetch(name: str, file: str | None, revision: str | None) -> Path:
+    """A hub repository, or one file of it, in the hub's cache. Honours HF_HUB_OFFLINE, HF_HOME and HF_TOKEN, as huggingface_hub does."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
+        if file is not None:
+            return Path(hf_hub_download(name, file, revision=revision))
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
     except GatedRepoError:
         problem = "is gated: accept its terms on its page and set HF_TOKEN"
@@ -80,6 +92,8 @@ def _fetch(name: str, revision: str | None) -> Path:
             "is not in the local cache and the hub cannot be reached (HF_HUB_OFFLINE is set, or there is no network): "
             "copy its directory to this machine and give its path"
         )
+    except EntryNotFoundError:
+        problem = f"has no file {file}"
     except OSError as error:
         problem = f"could not be fetched: {error}"
     raise CheckpointError(f"{name} {problem}")

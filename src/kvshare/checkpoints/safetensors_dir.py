@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from kvshare.checkpoints.json_file import read_json
 from kvshare.checkpoints.names import text_model_names
 from kvshare.checkpoints.quantized import PLAIN_DTYPES, open_quantized
 from kvshare.errors import CheckpointError
@@ -33,7 +33,7 @@ def open_directory(path: Path) -> Checkpoint:
     """
     checkpoint = SafetensorsDirectory(path)
     quantization = checkpoint.config.get("quantization_config")
-    if quantization:
+    if isinstance(quantization, dict):
         return open_quantized(checkpoint, quantization)
     checkpoint.check_plain()
     return checkpoint
@@ -109,19 +109,6 @@ class SafetensorsDirectory:
                 raise CheckpointError(
                     f"{self.path / file}: the index says that it holds {missing[0]!r} (and {len(missing) - 1} more), but it does not"
                 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file. Raises `CheckpointError` where it is something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
 
 
 def _open(path: Path) -> Any:

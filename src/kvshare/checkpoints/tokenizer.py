@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from kvshare.checkpoints.chat_template import render_template
 from kvshare.checkpoints.incremental import IncrementalDecoder
+from kvshare.checkpoints.json_file import read_json
 from kvshare.errors import CheckpointError, RequestError
 
 BOS_FAMILIES = frozenset(
@@ -122,8 +123,6 @@ def end_ids(*configs: Mapping[str, Any]) -> frozenset[int]:
 
 def tokenizer_from_directory(path: Path, config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a directory in Hugging Face's layout. Raises `CheckpointError` where it has no `tokenizer.json` or a broken one."""
-    from kvshare.checkpoints.safetensors_dir import read_json
-
     file = path / "tokenizer.json"
     if not file.exists():
         raise CheckpointError(
@@ -161,9 +160,13 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
     """The template of its own file, else of `tokenizer_config.json` (one, or a list of named ones of which "default" counts)."""
-    if (path / "chat_template.jinja").exists():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
-    template = settings.get("chat_template")
+    own = path / "chat_template.jinja"
+    try:
+        if own.exists():
+            return own.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{own} cannot be read: {error}") from None
+    template = {**settings, **read_json(path / "chat_template.json")}.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")

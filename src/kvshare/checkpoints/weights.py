@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.progress import Progress
 from kvshare.errors import CheckpointError
 from kvshare.layout import layout_from_config
+
+if TYPE_CHECKING:
+    from kvshare.models.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -43,42 +46,29 @@ class Source:
         return source or self
 
 
-class Loadable(Protocol):
-    """What a model offers besides being a module. Two more attributes are read where it has them.
-
-    `keep_float32: frozenset[str]` names parameters that stay in float32 whatever the model's dtype;
-    `memory_mapped: frozenset[str]` names those that stay views of the mapped file in the file's dtype: large tables of which
-    a step reads a few rows. Where the file holds blocks, the parameter is replaced by its `PackedBlocks`, whose `rows` decodes those.
-    """
-
-    def weight_sources(self) -> Mapping[str, Source]:
-        """For every parameter and persistent buffer, by its name in `state_dict()`, where it comes from."""
-        ...
-
-
-def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None = None) -> tuple[str, ...]:
+def load_weights(model: Model, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None = None) -> tuple[str, ...]:
     """Fill `model`, built on the meta device, from `checkpoint`: floating-point numbers become `dtype`, integers stay what they are.
 
+    Parameters in `model.keep_float32` become float32 instead. Those in `model.memory_mapped`, tables of which a step reads a
+    few rows, stay where they are in the file; where that holds blocks, the parameter is replaced by its `PackedBlocks`,
+    whose `rows` decodes the rows it is asked for.
     Every shape is compared before any data is read. A tensor that is stored in the dtype it is wanted in stays a view of
     the mapped file. Returns (and logs) the tensors of the file that nobody reads, but for the k and v of layers that
     share another layer's cache, which are expected to lie there dead. Raises `CheckpointError` for tensors that are missing
     or of another shape.
     """
     present = checkpoint.names()
-    described: Mapping[str, Source] = model.weight_sources()  # type: ignore[operator]
-    sources = {name: source.present_in(present) for name, source in described.items()}
+    sources = {name: source.present_in(present) for name, source in model.weight_sources().items()}
     wanted = model.state_dict(keep_vars=True)
     _check_names(model, wanted, sources)
     _check_file(wanted, sources, checkpoint)
 
-    keep_float32: frozenset[str] = getattr(model, "keep_float32", frozenset())
-    mapped: frozenset[str] = getattr(model, "memory_mapped", frozenset())
     total = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in wanted.values()}.values())
     done, loaded = 0, {}
     for name, old in wanted.items():
         if id(old) not in loaded:  # a tied tensor is loaded once and stays tied
-            goal = old.dtype if not old.is_floating_point() else torch.float32 if name in keep_float32 else dtype
-            value = _mapped(checkpoint, sources[name]) if name in mapped else _read(checkpoint, sources[name], goal)
+            goal = old.dtype if not old.is_floating_point() else torch.float32 if name in model.keep_float32 else dtype
+            value = _mapped(checkpoint, sources[name]) if name in model.memory_mapped else _read(checkpoint, sources[name], goal)
             is_parameter = isinstance(old, nn.Parameter)
             loaded[id(old)] = nn.Parameter(value, requires_grad=False) if is_parameter and isinstance(value, Tensor) else value
             done += old.nbytes
