@@ -1,0 +1,1 @@
+"""What a model's text is worth: perplexity on given text."""
