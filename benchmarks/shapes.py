@@ -46,8 +46,18 @@ def checkpoint(shape: str, where: Path) -> Path:
         shard[name] = _fill(name, tensor, pool, generator)
     write_shard()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    _write_tokenizer(directory, config["vocab_size"])
     model.config.save_pretrained(directory)
     return directory
+
+
+def _write_tokenizer(directory: Path, size: int) -> None:
+    """A word for each id: random weights have nothing to say, but engines decode what comes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0"))  # noqa: S106
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def unpacked(gguf: Path, where: Path) -> Path:
