@@ -63,6 +63,8 @@ class Server:
 
     def wait_until_loaded(self) -> None:
         eventually(lambda: self.worker.llm or self.worker.failure, "loading")
+        if self.worker.failure is not None:
+            raise self.worker.failure
 
     def assert_idle(self) -> None:
         """Nothing runs or waits, every place is free, and so is every page."""

@@ -160,7 +160,7 @@ def test_a_crowd_that_does_not_fit_and_partly_leaves(checkpoint: Path, reference
             return None
         return "".join(chunk.choices[0].text for chunk in stream)
 
-    with serving(lambda: load_tiny(checkpoint, max_context=512, max_sequences=8, kv_memory=260_000)) as server:
+    with serving(lambda: load_tiny(checkpoint, max_context=512, max_sequences=8, kv_memory=300_000)) as server:
         server.wait_until_loaded()
         with ThreadPoolExecutor(24) as pool:
             texts = list(pool.map(lambda index: visit(server, index), range(24)))
@@ -241,7 +241,7 @@ def test_a_model_that_cannot_be_loaded() -> None:
         raise CheckpointError("no such file")
 
     with serving(load) as server:
-        server.wait_until_loaded()
+        eventually(lambda: server.worker.failure, "failing")
         assert isinstance(server.worker.failure, CheckpointError)
         assert server.http.get("/health").json() == {"status": "failed"}
         assert server.http.post("/v1/completions", json=SHORT).status_code == 503

@@ -139,6 +139,8 @@ class Worker:
                 self._on_loaded(llm)
             self._serve(llm)
         except BaseException as error:
+            if self.llm is not None:
+                logger.exception("the engine's thread ended")
             self.failure = error
             for running in self._running.values():
                 running.job.post(error=engine_failed())
