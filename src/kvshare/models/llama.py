@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
+from kvshare.layers.activations import swiglu
+from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
 from kvshare.layers.reader import KeyProjection, with_value_projection
@@ -98,19 +100,6 @@ class Attention(nn.Module):
         return self.output(step.attend(self.index, q, scale=self.head_dim**-0.5).flatten(1))
 
 
-class Mlp(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
-
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
-        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:  # [tokens, hidden]
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
 class Block(nn.Module):
     def __init__(self, config: LlamaConfig, layout: CacheLayout, index: int):
         super().__init__()
@@ -118,7 +107,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.eps)
         self.attention = Attention(config, layout, index)
         self.mlp_norm = RMSNorm(config.hidden_size, config.eps)
-        self.mlp = Mlp(config)
+        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, swiglu, config.mlp_bias)
 
     def forward(self, x: Tensor, rotation: Rotation, step: Step) -> tuple[Tensor, Rotation, Step]:  # [tokens, hidden]
         normed = self.attention_norm(x)
