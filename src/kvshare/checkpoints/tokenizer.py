@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -66,10 +65,6 @@ class Tokenizer:
         """The vocabulary's entry for an id, as it is spelled there; None where there is none."""
         return self._fast.id_to_token(token_id)
 
-    def token_id(self, token: str) -> int | None:
-        """The id of a vocabulary entry; None where there is none."""
-        return self._fast.token_to_id(token)
-
     def stream(self, skip_special: bool = True) -> IncrementalDecoder:
         """A decoder for ids that arrive one at a time."""
         return IncrementalDecoder(lambda ids: self.decode(ids, skip_special))
@@ -97,11 +92,6 @@ class Tokenizer:
         }
         return render_template(self.chat_template, variables)
 
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of the control tokens, which decoding leaves out."""
-        return frozenset(token_id for token_id, token in self._fast.get_added_tokens_decoder().items() if token.special)
-
     def _id_of(self, role: str) -> int | None:
         token = self.special_tokens.get(role)
         return None if token is None else self._fast.token_to_id(token)
@@ -117,8 +107,12 @@ def end_ids(*configs: Mapping[str, Any]) -> frozenset[int]:
     ids: set[int] = set()
     for config in configs:
         value = config.get("eos_token_id")
-        ids.update(entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, int))
+        ids.update(entry for entry in (value if isinstance(value, list) else [value]) if _is_id(entry))
     return frozenset(ids)
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def tokenizer_from_directory(path: Path, config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> Tokenizer:
@@ -136,7 +130,14 @@ def tokenizer_from_directory(path: Path, config: Mapping[str, Any], generation_c
     fast.no_truncation()
     fast.no_padding()
     settings = read_json(path / "tokenizer_config.json")
-    special = {**_special_tokens(read_json(path / "special_tokens_map.json")), **_special_tokens(settings)}
+    named = {
+        f"{role}_token": fast.id_to_token(config[f"{role}_token_id"]) for role in ("bos", "eos") if _is_id(config.get(f"{role}_token_id"))
+    }
+    special = {
+        **{role: token for role, token in named.items() if token is not None},
+        **_special_tokens(read_json(path / "special_tokens_map.json")),
+        **_special_tokens(settings),
+    }
     adds_bos = True if config.get("model_type") in BOS_FAMILIES else settings.get("add_bos_token")
     return Tokenizer(
         fast,
