@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import transformers
-
 from parity.harness import assert_equals_oracle, load, oracle_logits, random_ids, randomise
 
 BASE = {
