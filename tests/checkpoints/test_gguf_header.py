@@ -131,6 +131,7 @@ def _nested(depth: int) -> bytes:
         (_file(tensors=_tensor((4,), offset=4), num_tensors=1), "does not lie inside"),
         (_file(tensors=_tensor((0,)), num_tensors=1), "cannot be cut"),
         (_file(tensors=_tensor((33,), type_number=2), num_tensors=1), "rows of Q4_0 blocks of 32"),
+        (_file(tensors=_tensor((), type_number=2), num_tensors=1), "rows of Q4_0 blocks of 32"),
         (_file(tensors=_tensor((1,) * 9), num_tensors=1), "9 dimensions"),
         (_file(tensors=_tensor((256,), type_number=10), num_tensors=1), "stored as Q2_K, which does not load; what loads: F32, F16, Q4_0"),
         (_file(tensors=_tensor((256,), type_number=999), num_tensors=1), "unknown type 999"),
