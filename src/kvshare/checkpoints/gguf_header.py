@@ -188,7 +188,7 @@ def _checked(cursor: _Cursor, name: str, shape: tuple[int, ...], type_number: in
         )
     form = BLOCK_TYPES[type_number]
     numbers = prod(shape)
-    if not numbers or (shape and shape[-1] % form.block_size):
+    if not numbers or (shape or (1,))[-1] % form.block_size:
         raise cursor.fail(f"the tensor {name!r} of shape {list(shape)} cannot be cut in rows of {form.name} blocks of {form.block_size}")
     num_bytes = numbers // form.block_size * form.block_bytes
     if offset % alignment or offset + num_bytes > cursor.size:
