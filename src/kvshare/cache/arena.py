@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -89,8 +89,8 @@ class Arena:
             view = self._row_views[row_bytes] = self.pages[:, : count * row_bytes].unflatten(1, (count, row_bytes))
         return view
 
-    def gather(self, pages: list[int], row_bytes: int) -> Tensor:
-        """All rows of some pages behind one another, uint8 [len(pages) * rows_per_page, row_bytes]: a view of one page, a copy of several."""
+    def gather(self, pages: Sequence[int], row_bytes: int) -> Tensor:
+        """All rows of some pages behind one another, uint8 [len(pages) * rows_per_page, row_bytes]: a view of one, a copy of several."""
         if len(pages) == 1:
             return self.rows(row_bytes)[pages[0]]
         count = self.page_bytes // row_bytes

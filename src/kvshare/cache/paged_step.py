@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from kvshare.cache.codecs import Codec, codec_for
-from kvshare.cache.step import Step, state_named
+from kvshare.cache.native_attention import NativeAttention, keys_and_values
+from kvshare.cache.step import KeyRebuild, Step, state_named
 from kvshare.cache.tables import SequenceCache
+from kvshare.kernels.paged_attention import Query
 from kvshare.layout import CacheLayout, PrecisionChoice, Stream
 
 _STATE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32}
@@ -28,6 +30,7 @@ class PagedCache:
             for stream in layout.layers[owner].streams:
                 self.codecs[owner, stream.name] = codec_for(form, stream)
                 self.row_bytes[owner, stream.name] = stream.row_bytes(form)
+        self.native_attention = NativeAttention(layout, self.codecs)
         self.read_again = frozenset(owner for owner in layout.owners if layout.readers(owner))
         self.state_places: dict[tuple[int, str], list[tuple[int, int, int]]] = {}  # (which state page, first byte, end), in order
         start = 0
@@ -52,6 +55,35 @@ class PagedStep(Step):
         self.cache = cache
         self.caches = caches
         self._gathered: dict[tuple[int, str, int], tuple[int, Tensor]] = {}  # rows that several readers will ask for
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        entries: Tensor | None = None,
+        rebuild: KeyRebuild | None = None,
+    ) -> Tensor:
+        """In one call for all sequences with a single query, where a kernel can read the owner's pages; for the others as in `Step`."""
+        owner = self.layout.owner[layer]
+        kernel = self.cache.native_attention.of(owner, self.caches[0].arena)
+        streams = keys_and_values(self.layout.layers[owner])
+        if kernel is None or streams is None or q.dtype != kernel.dtype or not any(span.count == 1 for span in self.spans):
+            return super().attend(layer, q, scale=scale, softcap=softcap, sinks=sinks, entries=entries, rebuild=rebuild)
+        out = q.new_empty(*q.shape[:2], kernel.value_width)
+        queries = []
+        for sequence, span in enumerate(self.spans):
+            if span.count == 1:
+                tables = self.caches[sequence].tables
+                first, _ = self._live(streams[0], span.first, sequence)
+                queries.append(Query(span.start, first, span.last + 1, tables[owner, streams[0].name], tables[owner, streams[1].name]))
+            elif span.count:
+                out[span.start : span.end] = self._attend_sequence(owner, sequence, q, scale, softcap, sinks, entries, rebuild)
+        kernel.attend(q, out, queries, scale=scale, softcap=softcap, sinks=sinks)
+        return out
 
     def _write(self, layer: int, stream: Stream, sequence: int, first: int, values: Tensor) -> None:
         encoded = self.cache.codecs[layer, stream.name].encode(values)  # [rows, row_bytes]

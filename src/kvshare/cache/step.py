@@ -109,13 +109,11 @@ class Step(ABC):
         Where whole keys are not stored, `rebuild` makes them.
         """
         owner = self.layout.owner[layer]
-        outs = []
-        for sequence, span in enumerate(self.spans):
-            if not span.count:
-                continue
-            k, v, mask, causal = self._visible(owner, sequence, span, q, entries, rebuild)
-            queries = q[span.start : span.end]
-            outs.append(attention(queries, k, v, mask, causal=causal, scale=scale, softcap=softcap, sinks=sinks))
+        outs = [
+            self._attend_sequence(owner, sequence, q, scale, softcap, sinks, entries, rebuild)
+            for sequence, span in enumerate(self.spans)
+            if span.count
+        ]
         if not outs:
             return q.new_empty(0, q.shape[1], self.layout.layers[owner].value_width)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -182,6 +180,22 @@ class Step(ABC):
         end = self.new_rows(stream, sequence)[1]
         newest = (first_position + 1) // stream.tokens_per_row
         return (0 if stream.window is None else min(end, max(0, newest - stream.window))), end
+
+    def _attend_sequence(
+        self,
+        owner: int,
+        sequence: int,
+        q: Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        entries: Tensor | None,
+        rebuild: KeyRebuild | None,
+    ) -> Tensor:
+        """`attend` for one sequence that has queries: [its queries, query_heads, value_width]."""
+        span = self.spans[sequence]
+        k, v, mask, causal = self._visible(owner, sequence, span, q, entries, rebuild)
+        return attention(q[span.start : span.end], k, v, mask, causal=causal, scale=scale, softcap=softcap, sinks=sinks)
 
     def _visible(
         self, owner: int, sequence: int, span: Span, q: Tensor, entries: Tensor | None, rebuild: KeyRebuild | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvshare.cache.arena import Arena
@@ -16,7 +18,7 @@ class PageTable:
     stream: Stream
     rows_per_page: int
     first_page: int = 0
-    pages: list[int] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("i"))  # 32-bit, in one piece: kernels read it where it lies
 
     @property
     def end_page(self) -> int:
@@ -26,11 +28,11 @@ class PageTable:
         """Pages to add before the rows of the first `num_tokens` tokens all have a place."""
         return max(0, -(-self.stream.num_rows(num_tokens) // self.rows_per_page) - self.end_page)
 
-    def drop_dead_pages(self, num_tokens: int) -> list[int]:
+    def drop_dead_pages(self, num_tokens: int) -> Sequence[int]:
         """Forget the pages that hold only rows in front of the window after `num_tokens` tokens; returns them."""
         dead = self.stream.first_row(num_tokens) // self.rows_per_page - self.first_page
         if dead <= 0:
-            return []
+            return ()
         dropped, self.pages = self.pages[:dead], self.pages[dead:]
         self.first_page += dead
         return dropped
@@ -93,14 +95,14 @@ class SequenceCache:
         child.num_tokens = self.num_tokens
         for key, table in self.tables.items():
             self.arena.retain(table.pages)
-            child.tables[key].first_page, child.tables[key].pages = table.first_page, list(table.pages)
+            child.tables[key].first_page, child.tables[key].pages = table.first_page, table.pages[:]
         return child
 
     def release(self) -> None:
         """Give every page back. The sequence starts from nothing if it is used again."""
         for table in self.tables.values():
             self.arena.release(table.pages)
-            table.first_page, table.pages = 0, []
+            table.first_page, table.pages = 0, array("i")
         self.arena.release(self.state_pages)
         self.state_pages = []
         self.num_tokens = 0

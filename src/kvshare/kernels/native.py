@@ -26,7 +26,9 @@ def _load() -> tuple[Any, str]:
         return None, str(error)
     wanted = os.environ.get("KVSHARE_ISA")
     if wanted and not _kernels.use_isa(wanted):
-        raise RequestError(f"KVSHARE_ISA={wanted}: this processor or this build has no such instruction set; choose one of {', '.join(ISAS)} or unset it")
+        raise RequestError(
+            f"KVSHARE_ISA={wanted}: this processor or this build has no such instruction set; choose one of {', '.join(ISAS)} or unset it"
+        )
     return _kernels, ""
 
 

@@ -34,7 +34,12 @@ class QuantizedWeight:
         segments = []
         for part in parts:
             data, name = (part, "BF16") if isinstance(part, Tensor) else (part.blocks, part.type.name)
-            if len(part.shape) != 2 or part.shape[1] != self.in_features or not data.is_contiguous() or (name == "BF16") != (data.dtype == torch.bfloat16):
+            if (
+                len(part.shape) != 2
+                or part.shape[1] != self.in_features
+                or not data.is_contiguous()
+                or (name == "BF16") != (data.dtype == torch.bfloat16)
+            ):
                 raise ValueError(f"a part {tuple(part.shape)} of {name} in {data.dtype} does not fit rows of {self.in_features}")
             segments.append((data.data_ptr(), part.shape[0], native.BlockType[name]))
         self._native = native.QuantizedWeight(segments, self.in_features)
@@ -47,8 +52,15 @@ class QuantizedWeight:
     def matmul(self, x: Tensor, start: int = 0, end: int | None = None, out: Tensor | None = None) -> Tensor:
         """x Wᵀ for outputs `start:end`: [rows, in_features] -> [rows, end - start], both float32 or bfloat16."""
         end = self.out_features if end is None else end
-        if x.dtype not in (torch.bfloat16, torch.float32) or x.dim() != 2 or x.shape[1] != self.in_features or not 0 <= start <= end <= self.out_features:
-            raise ValueError(f"outputs {start}:{end} of a weight {[self.out_features, self.in_features]} for {x.dtype} activations {list(x.shape)}")
+        if (
+            x.dtype not in (torch.bfloat16, torch.float32)
+            or x.dim() != 2
+            or x.shape[1] != self.in_features
+            or not 0 <= start <= end <= self.out_features
+        ):
+            raise ValueError(
+                f"outputs {start}:{end} of a weight {[self.out_features, self.in_features]} for {x.dtype} activations {list(x.shape)}"
+            )
         if out is None:
             out = torch.empty(x.shape[0], end - start, dtype=x.dtype)
         elif out.shape != (x.shape[0], end - start) or out.dtype != x.dtype or not out.is_contiguous():
@@ -86,7 +98,7 @@ def round_activations(x: Tensor) -> Tensor:  # [rows, in_features] -> float64, t
 def reference_matmul(parts: Sequence[PackedBlocks | Tensor], x: Tensor) -> Tensor:  # [rows, in_features] -> float64 [rows, out_features]
     """`QuantizedWeight.matmul` of up to `ROWS_IN_BLOCKS` rows in plain torch.
 
-    The kernels add in float32 and in another order: they differ by at most 2^-20 of the sum of |x| |w|, before `out` is rounded to its dtype.
+    The kernels add in float32 and in another order: they differ by at most 2^-20 of the sum of |x| |w| before `out` is rounded.
     """
     outs = []
     for part in parts:

@@ -1,0 +1,124 @@
+"""Attention over pages equals plain torch on gathered rows, in every instruction set."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvshare import kernels
+from kvshare.cache.arena import Arena
+from kvshare.cache.tables import PageTable
+from kvshare.kernels.native import ISAS
+from kvshare.kernels.paged_attention import PagedAttention, Query
+from kvshare.layers.attention import attention
+from kvshare.layout import Stream
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
+
+SHAPES = {  # kv heads, query heads of each, key width, value width
+    "tiny": (2, 3, 8, 8),
+    "one wide head": (1, 8, 512, 512),
+    "smollm2": (3, 3, 64, 64),
+    "heads of their own": (3, 1, 128, 128),
+    "seven": (2, 7, 256, 256),
+    "many heads, other values": (1, 20, 96, 64),
+    "odd widths": (1, 5, 72, 40),
+}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kernels.use_isa(request.param) as has:
+        if not has:
+            pytest.skip(f"this processor has no {request.param}")
+        yield request.param
+
+
+class Case:
+    """Sequences of random rows in an arena whose other bytes are NaN, their pages in random order."""
+
+    def __init__(self, shape: tuple[int, int, int, int], lengths: list[int], dtype: torch.dtype, window: int | None = None):
+        self.kv_heads, group, key_width, value_width = shape
+        generator = torch.Generator().manual_seed(sum(lengths))
+        widest = self.kv_heads * max(key_width, value_width) * dtype.itemsize
+        page_bytes = -(-widest * 32 // 4096) * 4096
+        self.arena = Arena(8 + sum(length // 16 + 2 for length in lengths), page_bytes)
+        self.arena.pages.fill_(0xFF)
+        free = torch.randperm(self.arena.num_pages, generator=generator).tolist()
+        self.q = torch.randn(len(lengths) + 1, self.kv_heads * group, key_width, generator=generator).to(dtype)
+        self.rows, self.queries = [], []
+        for row, length in enumerate(lengths):
+            first = 0 if window is None else max(0, length - window)
+            tables, seen = [], []
+            for width in (key_width, value_width):
+                values = torch.randn(length, self.kv_heads, width, generator=generator).to(dtype)
+                encoded = values.flatten(1).view(torch.uint8)  # [rows, row_bytes]
+                row_bytes = encoded.shape[1]
+                table = PageTable(0, Stream("k", self.kv_heads, width), page_bytes // row_bytes)
+                table.first_page = first // table.rows_per_page
+                table.pages = array("i", (free.pop() for _ in range(table.first_page, -(-length // table.rows_per_page))))
+                view = self.arena.rows(row_bytes)
+                for index in range(table.first_page * table.rows_per_page, length):
+                    page, offset = divmod(index, table.rows_per_page)
+                    view[table.pages[page - table.first_page], offset] = encoded[index]
+                tables.append(table)
+                seen.append(values[first:])
+            self.rows.append(seen)
+            self.queries.append(Query(row, first, length, *tables))
+        self.kernel = PagedAttention(self.arena, self.kv_heads, key_width, value_width, dtype)
+        self.scale = key_width**-0.5
+
+    def run(self, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+        out = torch.full((*self.q.shape[:2], self.kernel.value_width), 7.0, dtype=self.q.dtype)
+        self.kernel.attend(self.q, out, self.queries, scale=self.scale, softcap=softcap, sinks=sinks)
+        assert (out[-1] == 7).all(), "a row that was not asked for was written"
+        return out[:-1]
+
+    def expected(self, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:  # float64
+        outs = [
+            attention(self.q[i : i + 1].double(), k.double(), v.double(), None, scale=self.scale, softcap=softcap, sinks=sinks)
+            for i, (k, v) in enumerate(self.rows)
+        ]
+        return torch.cat(outs)
+
+
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2.0**-6}  # values are of size 1; bfloat16 weights and results have 8 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_equals_torch(shape: str, dtype: torch.dtype, isa: str) -> None:
+    heads = SHAPES[shape][0] * SHAPES[shape][1]
+    sinks = torch.randn(heads, generator=torch.Generator().manual_seed(5))
+    for lengths, window in (([1], None), ([31, 32, 33, 130], None), ([500, 7, 90], 40)):
+        case = Case(SHAPES[shape], lengths, dtype, window)
+        for softcap, sink in ((None, None), (2.0, sinks)):
+            assert (case.run(softcap, sink).double() - case.expected(softcap, sink)).abs().max() < BOUNDS[dtype]
+
+
+def test_scores_far_apart(isa: str) -> None:
+    """One row outweighs all others, late: what was summed up before must shrink, not overflow."""
+    for dtype in BOUNDS:
+        case = Case((1, 2, 64, 64), [300], dtype)
+        case.scale = 30.0
+        assert (case.run().double() - case.expected()).abs().max() < 4 * BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_batch_nor_threads_change_a_bit(dtype: torch.dtype, isa: str) -> None:
+    case = Case((2, 4, 64, 64), [1000, 40, 333], dtype)
+    together = case.run()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(case.run(), together)
+    finally:
+        torch.set_num_threads(before)
+    out = torch.empty_like(together)
+    for query in case.queries:
+        case.kernel.attend(case.q, out, [query], scale=case.scale)
+    assert torch.equal(out, together)
