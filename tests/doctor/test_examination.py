@@ -16,9 +16,11 @@ from kvshare.cache.arena import Arena
 from kvshare.cache.paged_step import PagedStep
 from kvshare.cache.step import Step
 from kvshare.cache.tables import PageTable, SequenceCache
+from kvshare.checkpoints.packages import PACKAGES
+from kvshare.checkpoints.resolve import locate
 from kvshare.doctor import Report, examine
 from kvshare.doctor.comparison import Difference
-from kvshare.errors import RequestError
+from kvshare.errors import CheckpointError, RequestError
 from kvshare.models.llama import Attention, Llama
 
 
@@ -202,3 +204,15 @@ def test_a_text_that_is_too_short_is_refused(tiny: Path) -> None:
         examine(tiny, text="short")
     with pytest.raises(RequestError, match="from 16 to 512"):
         examine(tiny, num_tokens=513)
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("name", PACKAGES)
+def test_pretrained_weights_pass(name: str) -> None:
+    try:
+        locate(name)
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    report = examine(name)
+    assert report.passed, [check for check in report.checks if check.status == "failed"]
+    assert report.checks[-1].status == "passed"
