@@ -16,6 +16,7 @@ from server.harness import LONG, LONG_SDK, MODEL, Server, connect, eventually, h
 
 from kvshare import LLM, SamplingParams
 from kvshare.errors import CheckpointError
+from kvshare.server.errors import ApiError
 from kvshare.server.worker import Job, Worker
 
 SHORT: dict[str, Any] = {"model": MODEL, "prompt": "x", "max_tokens": 4, "temperature": 0}
@@ -144,6 +145,17 @@ def test_a_job_may_be_cancelled_before_it_is_added_and_after_it_ended(checkpoint
     llm = asyncio.run(run())
     assert not llm.engine.has_work
     assert llm.arena.num_free == llm.arena.num_pages
+
+
+def test_a_refusal_that_comes_before_it_is_waited_for_is_not_an_acceptance() -> None:
+    async def refuse() -> None:
+        job = Job([[1]], [SamplingParams()])
+        job.post(error=ApiError(400, "no"))
+        await asyncio.sleep(0)
+        await job.accepted()
+
+    with pytest.raises(ApiError, match="no"):
+        asyncio.run(refuse())
 
 
 def test_a_crowd_that_does_not_fit_and_partly_leaves(checkpoint: Path, reference: LLM) -> None:
