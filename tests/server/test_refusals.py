@@ -12,7 +12,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server.harness import CONTEXT, MODEL, Server, load_tiny, serving
+from server.harness import CONTEXT, LONG, MODEL, Server, load_tiny, serving
 
 from kvshare.engine.sampling import MAX_OUTPUTS
 
@@ -80,7 +80,7 @@ def test_a_stream_that_is_refused_has_a_status_of_its_own(server: Server) -> Non
 
 
 def test_one_bad_prompt_refuses_all(server: Server) -> None:
-    refused(server, "/v1/completions", {**COMPLETION, "prompt": [[1], [2], [10**9]]})
+    refused(server, "/v1/completions", {**LONG, "prompt": [[1], [2], [10**9]]})
     server.assert_idle()
 
 
