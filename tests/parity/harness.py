@@ -14,6 +14,7 @@ from kvshare.cache.step import DenseStep
 from kvshare.cache.tables import SequenceCache
 from kvshare.checkpoints import open_checkpoint
 from kvshare.checkpoints.weights import load_weights
+from kvshare.layout import PrecisionChoice
 from kvshare.models import build_model
 from kvshare.models.model import Model
 
@@ -53,7 +54,9 @@ def load(directory: Path, dtype: torch.dtype = torch.float32, kv_form: str = "pl
 class Paged:
     """A model, an arena and the sequences in it, driven by hand. Checks the plan against the arena after every step."""
 
-    def __init__(self, model: Model, sequences: int, context: int = 512, dtype: torch.dtype = torch.float32, precision: str | None = None):
+    def __init__(
+        self, model: Model, sequences: int, context: int = 512, dtype: torch.dtype = torch.float32, precision: PrecisionChoice | None = None
+    ):
         self.model, self.precision = model, precision or PRECISION[dtype]
         page_bytes = model.layout.page_bytes(self.precision)
         pages = model.layout.peak_pages(context, sequences, self.precision, chunk=context) + 8
@@ -123,12 +126,11 @@ def last_rows_only(model: Model, ids: Tensor, chunk: int) -> Tensor:
     return logits
 
 
-def forked(model: Model, ids: Tensor, cut: int) -> Tensor:
+def forked(model: Model, ids: Tensor, cut: int, precision: PrecisionChoice | None = None) -> Tensor:
     """The first `cut` tokens once, then a fork that runs something else in between: the original must not notice."""
-    paged = Paged(model, 1)
-    first = paged.step([ids[:cut]])
-    child = paged.sequences[0].fork()
-    paged.sequences.append(child)
+    paged = Paged(model, 2, precision=precision)
+    first = paged.step([ids[:cut]], [0])
+    child = paged.sequences[1] = paged.sequences[0].fork()
     rest, noise = ids[cut:], (ids[cut:] + 1) % (int(ids.max()) + 1)
     outs = [first]
     for start in range(0, len(rest), 3):

@@ -7,9 +7,11 @@ from typing import Protocol
 from torch import Tensor
 
 from kvshare.cache.codecs.deepseek import BlockFloatCodec
+from kvshare.cache.codecs.grouped import GroupedCodec
 from kvshare.cache.codecs.raw import RawCodec
-from kvshare.errors import RequestError
-from kvshare.layout import PRECISIONS, Precision, Stream
+from kvshare.cache.codecs.rotated import RotatedCodec
+from kvshare.cache.codecs.scaled import ScaledCodec
+from kvshare.layout import Precision, Stream
 from kvshare.layout.rows import NATIVE
 
 
@@ -23,15 +25,13 @@ class Codec(Protocol):
         ...
 
 
-RUNNABLE = ("fp32", "fp16", "bf16", NATIVE)
-
-
 def codec_for(precision: Precision, stream: Stream) -> Codec:
-    """The codec of a stream's rows; `RequestError` for precisions that only the planner knows."""
-    if precision.name == NATIVE:
+    """The codec of a stream's rows."""
+    name = precision.name
+    if name == NATIVE:
         return BlockFloatCodec(stream.native) if stream.native is not None else RawCodec("bf16")
-    if precision.name not in RUNNABLE:
-        raise RequestError(
-            f"KV precision {precision.name}: the planner sizes it, the engine runs {', '.join(RUNNABLE)} (known: {', '.join(PRECISIONS)})"
-        )
-    return RawCodec(precision.name)
+    if name in ("int8", "fp8"):
+        return ScaledCodec(name)
+    if name == "int4":
+        return GroupedCodec()
+    return RotatedCodec(precision.bits) if name.startswith("rot") else RawCodec(name)
