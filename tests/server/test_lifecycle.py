@@ -147,6 +147,23 @@ def test_a_job_may_be_cancelled_before_it_is_added_and_after_it_ended(checkpoint
     assert llm.arena.num_free == llm.arena.num_pages
 
 
+def test_a_job_is_taken_whole_or_not_at_all(checkpoint: Path) -> None:
+    async def submit() -> LLM:
+        llm = load_tiny(checkpoint)
+        worker = Worker(lambda: llm)
+        job = Job([[1], [2], [10**9]], [SamplingParams(max_tokens=20_000, ignore_eos=True)] * 3)
+        worker.submit(job)
+        worker.start()
+        with pytest.raises(ApiError, match="outside the vocabulary"):
+            await job.accepted()
+        assert not llm.engine.has_work
+        await asyncio.to_thread(worker.stop)
+        return llm
+
+    llm = asyncio.run(submit())
+    assert llm.arena.num_free == llm.arena.num_pages
+
+
 def test_a_refusal_that_comes_before_it_is_waited_for_is_not_an_acceptance() -> None:
     async def refuse() -> None:
         job = Job([[1]], [SamplingParams()])
