@@ -183,6 +183,15 @@ def test_integer_softcap_and_no_softcap(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tanh(one_shot(load(tmp_path), ids) / 30) * 30, capped)
 
 
+def test_unified_text_model_is_gemma_4(tmp_path: Path) -> None:
+    """The 12B calls itself `gemma4_unified`; its language model is the 31B's in small."""
+    tiny_gemma4("31B", tmp_path)
+    ids = random_ids(VOCAB)
+    plain = one_shot(load(tmp_path), ids)
+    edit_config(tmp_path, model_type="gemma4_unified_text")
+    assert torch.equal(one_shot(load(tmp_path), ids), plain)
+
+
 def test_untied_head_is_loaded(tmp_path: Path) -> None:
     oracle = tiny_gemma4("31B", tmp_path, tie_word_embeddings=False)
     ids = random_ids(VOCAB)

@@ -11,7 +11,7 @@ from parity.test_gemma4 import VOCAB, tiny_gemma4
 from torch import Tensor
 
 from kvshare.cache.paged_step import PagedStep
-from kvshare.cache.step import Step
+from kvshare.cache.step import DenseStep, Step
 from kvshare.models.gemma4 import Gemma4
 
 FULL = 2  # the first full layer of the tiny 26B-A4B and 31B
@@ -82,6 +82,18 @@ def test_logits_equal_transformers(name: str, kv_form: str, tmp_path: Path) -> N
     model = load(tmp_path, kv_form=kv_form)
     assert_equals_oracle(model, oracle_logits(oracle, ids), ids)
     assert torch.equal(greedy(model, ids[:, :20], 16), oracle_greedy(oracle, ids[:, :20], 16))
+
+
+@pytest.mark.parametrize("kv_form", FORMS)
+def test_gradients_are_those_of_the_plain_form(kv_form: str, tmp_path: Path) -> None:
+    tiny_gemma4("31B", tmp_path)
+    ids, gradients = random_ids(VOCAB)[0], []
+    for form in ("plain", kv_form):
+        model = load(tmp_path, kv_form=form).requires_grad_(True)
+        model.logits(model(ids, DenseStep(model.layout, [41]))).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("kv_form", FORMS)

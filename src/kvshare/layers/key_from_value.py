@@ -41,12 +41,12 @@ def rebuilt_keys(
 ) -> Tensor:  # -> [rows, heads, width]
     """Keys from the rows of "v" ([rows, heads, width]) and, where it is stored, "k_rotated" ([rows, heads, 2 * moving])."""
     values, moving = rows["v"], rotations.moving
-    precise = torch.promote_types(values.dtype, torch.float32)
-    keys = (values.to(precise) * weight.to(precise)).to(values.dtype)
+    keys = (values * weight).to(values.dtype)  # torch multiplies 16-bit numbers in float32 and rounds once
     if not len(keys):
         return keys
     half = keys.shape[-1] // 2
     moved = rows.get("k_rotated")
     if moved is None:
         moved = rotations.at(positions, keys.dtype).half_split(rotated_part(keys, moving))
-    return torch.cat([moved[..., :moving], keys[..., moving:half], moved[..., moving:], keys[..., half + moving :]], dim=-1)
+    keys[..., :moving], keys[..., half : half + moving] = moved[..., :moving], moved[..., moving:]
+    return keys
