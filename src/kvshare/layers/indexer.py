@@ -17,6 +17,7 @@ from kvshare.cache.step import Step
 _SCORE_LIMIT = 1 << 24  # most scores of single heads (numbers) that exist at once
 
 
+@torch.no_grad()  # a choice has no gradient
 def select_rows(step: Step, layer: int, q: Tensor, weights: Tensor, top_k: int, tokens_per_row: int) -> Tensor | None:
     """The rows that each query of the step attends to: int64 [tokens, top_k], -1 for none; None if no query sees more than `top_k`.
 
