@@ -190,7 +190,7 @@ def test_stop_strings_and_tokens_end_a_text_where_they_should() -> None:
 def test_the_end_token_stops_unless_it_is_ignored() -> None:
     with torch.no_grad():
         model = tiny.model()
-        model.embedding[1] = model.embedding[1:].mean(0) + model.norm.weight * 3  # a likely end token
+        model.embedding.weight[1] = model.embedding.weight[1:].mean(0) + model.norm.weight * 3  # a likely end token
     run = engine(model=model)
     params = {"max_tokens": 200, "seed": 0, "temperature": 1.5}
     (ended,) = finish(run, run.add(prompt(5, 10), SamplingParams(**params)))

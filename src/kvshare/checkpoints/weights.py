@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from kvshare.checkpoints.checkpoint import Checkpoint
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.progress import Progress
 from kvshare.errors import CheckpointError
+from kvshare.kernels.quantized_weight import BLOCK_TYPES
+from kvshare.layers.embedding import Embedding
+from kvshare.layers.linear import Linear
+from kvshare.layers.quantized_linear import quantized_layer
 from kvshare.layout import layout_from_config
-
-if TYPE_CHECKING:
-    from kvshare.models.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -46,35 +47,56 @@ class Source:
         return source or self
 
 
-def load_weights(model: Model, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None = None) -> tuple[str, ...]:
+class Loadable(Protocol):
+    """What is loaded besides being a module, built on the meta device: it says what it is made of.
+
+    Two attributes may name parameters to be treated in another way. `keep_float32`: they become float32, whatever the
+    model's dtype. `memory_mapped`: tables of which a step reads a few rows; they stay where they are in the file, and where
+    that holds blocks, the parameter is replaced by its `PackedBlocks`, whose `rows` decodes the rows it is asked for.
+    """
+
+    def weight_sources(self) -> Mapping[str, Source]:
+        """For every parameter and persistent buffer, by its name in `state_dict()`, where it comes from."""
+        ...
+
+
+def load_weights(
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None = None, keep_blocks: bool = False
+) -> tuple[str, ...]:
     """Fill `model`, built on the meta device, from `checkpoint`: floating-point numbers become `dtype`, integers stay what they are.
 
-    Parameters in `model.keep_float32` become float32 instead. Those in `model.memory_mapped`, tables of which a step reads a
-    few rows, stay where they are in the file; where that holds blocks, the parameter is replaced by its `PackedBlocks`,
-    whose `rows` decodes the rows it is asked for.
+    With `keep_blocks`, linear layers and embeddings that the file holds in quantized blocks keep them, and native kernels multiply
+    with the blocks; without it they are widened to `dtype`.
     Every shape is compared before any data is read. A tensor that is stored in the dtype it is wanted in stays a view of
     the mapped file. Returns (and logs) the tensors of the file that nobody reads, but for the k and v of layers that
     share another layer's cache, which are expected to lie there dead. Raises `CheckpointError` for tensors that are missing
     or of another shape.
     """
     present = checkpoint.names()
-    sources = {name: source.present_in(present) for name, source in model.weight_sources().items()}
+    sources = {name: source.present_in(present) for name, source in cast(Loadable, model).weight_sources().items()}
     wanted = model.state_dict(keep_vars=True)
     _check_names(model, wanted, sources)
     _check_file(wanted, sources, checkpoint)
 
+    keep_float32, mapped = (frozenset(getattr(model, attribute, ())) for attribute in ("keep_float32", "memory_mapped"))
+    packed = _packed_layers(model, sources, checkpoint) if keep_blocks else {}
     total = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in wanted.values()}.values())
     done, loaded = 0, {}
     for name, old in wanted.items():
+        if name.removesuffix(".weight") in packed:
+            done += old.nbytes
+            continue
         if id(old) not in loaded:  # a tied tensor is loaded once and stays tied
-            goal = old.dtype if not old.is_floating_point() else torch.float32 if name in model.keep_float32 else dtype
-            value = _mapped(checkpoint, sources[name]) if name in model.memory_mapped else _read(checkpoint, sources[name], goal)
+            goal = old.dtype if not old.is_floating_point() else torch.float32 if name in keep_float32 else dtype
+            value = _mapped(checkpoint, sources[name]) if name in mapped else _read(checkpoint, sources[name], goal)
             is_parameter = isinstance(old, nn.Parameter)
             loaded[id(old)] = nn.Parameter(value, requires_grad=False) if is_parameter and isinstance(value, Tensor) else value
             done += old.nbytes
             if progress:
                 progress(done, total)
         _assign(model, name, loaded[id(old)])
+    for path, parts in packed.items():
+        model.set_submodule(path, quantized_layer(model.get_submodule(path), parts, dtype))
     return _report_unread(checkpoint, sources)
 
 
@@ -112,6 +134,19 @@ def _shape_of(source: Source, shapes: list[tuple[int, ...]]) -> tuple[int, ...] 
         return tuple(source.combine([torch.empty(shape, device="meta") for shape in shapes]).shape)
     except (RuntimeError, IndexError, ValueError, TypeError):
         return None
+
+
+def _packed_layers(model: nn.Module, sources: Mapping[str, Source], checkpoint: Checkpoint) -> dict[str, list[PackedBlocks | Tensor]]:
+    """The layers, by path, whose weight the file holds in blocks that kernels multiply with; parts in other types are widened."""
+    layers: dict[str, list[PackedBlocks | Tensor]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, Linear | Embedding) or (source := sources[f"{path}.weight"]).combine is not None:
+            continue
+        parts = [checkpoint.packed(name) for name in source.names]
+        if any(part is not None for part in parts) and all(part is None or part.type.name in BLOCK_TYPES for part in parts):
+            named = zip(source.names, parts, strict=True)
+            layers[path] = [part if part is not None else checkpoint.get(name, torch.bfloat16).contiguous() for name, part in named]
+    return layers
 
 
 def _read(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.checkpoints import open_checkpoint
 from kvshare.checkpoints.progress import progress_bar
@@ -19,10 +20,12 @@ from kvshare.engine.engine import Engine
 from kvshare.engine.outputs import RequestOutput, Update
 from kvshare.engine.sampling import SamplingParams
 from kvshare.errors import CapacityError, RequestError
-from kvshare.layout import CacheLayout
+from kvshare.layout import CacheLayout, PrecisionChoice
+from kvshare.layout.precision import read_precision
 from kvshare.models import build_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS = ("auto", "native", "full")
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ARENA_SHARE = 0.5  # of the memory that is free when the weights are loaded
 
@@ -37,7 +40,11 @@ class LLM:
     `max_context`: tokens a sequence may have; by default the model's own limit, or less if the memory does not hold that.
     `kv_memory`: bytes for the cache; by default what `max_sequences` sequences of `max_context` need, at most half of the free memory.
     `chunk`: tokens that one step computes at most; bounds the memory of a long prompt's prefill.
+    `weights`: "native" keeps the quantized blocks of a GGUF file and multiplies with them, "full" widens them to `dtype` at load,
+    "auto" is native where the file has blocks and the kernels are built.
     `kv_layout`: how Gemma 4's K = V layers are stored: "plain", "compact" or "v-only".
+    `kv_dtype`: precision of the cache: a name ("bf16", "int8", "int4", ...), one by owner's layer (-1 for the others), or the path of a
+    JSON file that `kvshare tune` wrote; by default `dtype`'s own. Lossy rows are decoded when they are read: they save memory, not time.
 
     Raises `CheckpointError`, `ConfigError` or `CapacityError` when the model cannot be loaded or held.
     """
@@ -51,18 +58,21 @@ class LLM:
         max_sequences: int = 16,
         kv_memory: int | None = None,
         chunk: int = 512,
+        weights: str = "auto",
         kv_layout: str = "plain",
+        kv_dtype: str | Path | Mapping[int, str] | None = None,
         progress: bool = True,
     ):
         checkpoint = open_checkpoint(where)
         self.origin = checkpoint.origin
         self.dtype = _choose_dtype(dtype, checkpoint.config)
         self.model = build_model(checkpoint.config, self.dtype, kv_layout).eval()
+        own = _PRECISIONS[self.dtype]
+        precision = own if kv_dtype is None else read_precision(kv_dtype, self.model.layout, own)
         with progress_bar("loading weights") if progress else nullcontext() as report:
-            load_weights(self.model, checkpoint, self.dtype, report)
+            load_weights(self.model, checkpoint, self.dtype, report, keep_blocks=_keeps_blocks(weights, self.dtype))
         self.tokenizer = checkpoint.tokenizer()
         self.generation_config: Mapping[str, Any] = checkpoint.generation_config
-        precision = _PRECISIONS[self.dtype]
         self.arena, self.max_context = _make_arena(self.model.layout, precision, max_context, max_sequences, kv_memory, chunk)
         self.engine = Engine(self.model, self.tokenizer, self.arena, precision, self.max_context, chunk, max_sequences)
 
@@ -136,8 +146,18 @@ def _choose_dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
     return DTYPES[name]
 
 
+def _keeps_blocks(weights: str, dtype: torch.dtype) -> bool:
+    if weights not in WEIGHTS:
+        raise RequestError(f"weights: unknown {weights!r}: choose one of {', '.join(WEIGHTS)}")
+    if weights == "native" and not kernels.available():
+        raise RequestError(f"weights: native needs the native kernels, which are not there ({kernels.reason_unavailable()}): choose full")
+    if weights == "native" and dtype == torch.float16:
+        raise RequestError("weights: native kernels compute in bfloat16 or float32: choose one of them as dtype, or full")
+    return weights != "full" and kernels.available() and dtype != torch.float16
+
+
 def _make_arena(
-    layout: CacheLayout, precision: str, max_context: int | None, max_sequences: int, kv_memory: int | None, chunk: int
+    layout: CacheLayout, precision: PrecisionChoice, max_context: int | None, max_sequences: int, kv_memory: int | None, chunk: int
 ) -> tuple[Arena, int]:
     """The arena, and the context that one sequence can have in it."""
     page_bytes = layout.page_bytes(precision)

@@ -12,6 +12,7 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
+        self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))  # [out_features, in_features]
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 

@@ -19,14 +19,8 @@ from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
 
 
-def scaled_embedding(
-    tokens: Tensor, table: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:  # [tokens], [entries, width] -> [tokens, width]
+def scaled(rows: Tensor, scale: float, dtype: torch.dtype) -> Tensor:  # [tokens, width]
     """Rows of a table times a factor, which is rounded to `dtype` first, as the models were trained."""
-    return scaled(F.embedding(tokens, table), scale, dtype)
-
-
-def scaled(rows: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype) * torch.tensor(scale, dtype=torch.float32).to(dtype)
 
 

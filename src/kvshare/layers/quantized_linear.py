@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.kernels.quantized_weight import QuantizedWeight
+from kvshare.layers.embedding import Embedding
+from kvshare.layers.linear import Linear
+from kvshare.layers.quantized_embedding import QuantizedEmbedding
 
 
 class QuantizedLinear(nn.Module):
@@ -19,12 +23,23 @@ class QuantizedLinear(nn.Module):
     def __init__(self, parts: Sequence[PackedBlocks | Tensor], bias: Tensor | None = None):  # bias [out_features]
         super().__init__()
         self.weight = QuantizedWeight(parts)
-        self.register_buffer("bias", bias, persistent=False)
+        self.out_features = self.weight.out_features
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
-        return self.part(x, 0, self.weight.out_features)
+        return self.part(x, 0, self.out_features)
 
     def part(self, x: Tensor, start: int, end: int) -> Tensor:  # [..., in_features] -> [..., end - start]
         """Only outputs `start:end`: one of the projections that lie together."""
         out = self.weight.matmul(x.reshape(-1, x.shape[-1]), start, end).view(*x.shape[:-1], end - start)
         return out if self.bias is None else out.add_(self.bias[start:end].to(out.dtype))
+
+
+def quantized_layer(layer: nn.Module, parts: Sequence[PackedBlocks | Tensor], dtype: torch.dtype) -> nn.Module:
+    """What stands in for a `Linear` or an `Embedding` whose weight is these blocks."""
+    assert isinstance(layer, Linear | Embedding)
+    if isinstance(layer, Embedding):
+        (table,) = parts
+        assert isinstance(table, PackedBlocks)
+        return QuantizedEmbedding(table, dtype)
+    return QuantizedLinear(parts, layer.bias)

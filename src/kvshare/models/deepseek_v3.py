@@ -23,6 +23,7 @@ from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.activations import swiglu
+from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts, expert_sources, stacked
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.indexer import select_rows
@@ -227,14 +228,14 @@ class DeepseekV3(Model):
         super().__init__()
         self.config = DeepseekV3Config.read(config)
         self.layout, self.vocab_size = layout, self.config.vocab_size
-        self.embedding = nn.Parameter(torch.empty(self.vocab_size, self.config.hidden_size))  # [vocab_size, hidden]
+        self.embedding = Embedding(self.vocab_size, self.config.hidden_size)
         self.blocks = nn.ModuleList(Block(self.config, index) for index in range(len(layout.layers)))
         self.norm = RMSNorm(self.config.hidden_size, self.config.eps)
         self.head = None if self.config.tied else Linear(self.config.hidden_size, self.vocab_size)
         self.keep_float32 = frozenset(name for name in self.state_dict() if name.endswith(".correction"))
 
     def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
-        x = F.embedding(tokens, self.embedding)
+        x = self.embedding(tokens)
         rotation = self.config.frequencies.at(step.positions, x.dtype)
         for block in self.blocks:
             x, rotation, step = block(x, rotation, step)
@@ -243,10 +244,10 @@ class DeepseekV3(Model):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        return F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+        return self.embedding.scores(hidden) if self.head is None else self.head(hidden)
 
     def weight_sources(self) -> dict[str, Source]:
-        sources = {"embedding": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
+        sources = {"embedding.weight": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
         if self.head is not None:
             sources["head.weight"] = Source(("lm_head.weight",))
         for name, _ in self.blocks.named_parameters():

@@ -28,6 +28,7 @@ from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.compressor import Blocks, Compressor
+from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts, stacked
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.hyper_connections import HyperConnection, HyperHead
@@ -268,7 +269,7 @@ class DeepseekV4(Model):
         super().__init__()
         self.config = DeepseekV4Config.read(config)
         self.layout, self.vocab_size = layout, self.config.vocab_size
-        self.embedding = nn.Parameter(torch.empty(self.vocab_size, self.config.hidden_size))  # [vocab_size, hidden]
+        self.embedding = Embedding(self.vocab_size, self.config.hidden_size)
         self.blocks = nn.ModuleList(Block(self.config, layout, index) for index in range(len(layout.layers)))
         self.stream_head = HyperHead(self.config.hidden_size, self.config.streams, self.config.eps, self.config.hc_eps)
         self.norm = RMSNorm(self.config.hidden_size, self.config.eps)
@@ -285,7 +286,7 @@ class DeepseekV4(Model):
             {name: each.at(step.positions, torch.float32) for name, each in rope.items()},
             {ratio: Blocks.of(step, ratio, overlap, rope["compress"]) for ratio, overlap in self.overlaps.items()},
         )
-        x = F.embedding(tokens, self.embedding)[:, None].expand(-1, self.config.streams, -1)  # [tokens, streams, hidden]
+        x = self.embedding(tokens)[:, None].expand(-1, self.config.streams, -1)  # [tokens, streams, hidden]
         for block in self.blocks:
             x, facts, step = block(x, facts, step)
             if not len(x):  # a chunk inside a prompt: nobody asked for its logits
@@ -337,7 +338,7 @@ _FLOAT32 = frozenset({"attention_mixing", "moe_mixing", "stream_head", "sinks", 
 """Parts of the names of parameters that are published in float32 and stay so."""
 
 _TOP_NAMES = {
-    "embedding": "embed.weight",
+    "embedding.weight": "embed.weight",
     "stream_head.fn": "hc_head_fn",
     "stream_head.base": "hc_head_base",
     "stream_head.scale": "hc_head_scale",

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kvshare.cache.draft_step import DraftStep
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
+from kvshare.layers.embedding import Embedding
 from kvshare.layers.key_from_value import KeyRotations
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
@@ -87,7 +87,7 @@ class Gemma4Assistant(nn.Module):
         self.pre_projection = Linear(2 * backbone, read.hidden_size)
         self.post_projection = Linear(read.hidden_size, backbone)
         self.norm = RMSNorm(read.hidden_size, read.eps)
-        self.embedding = nn.Parameter(torch.empty(self.vocab_size, read.hidden_size))  # [vocab_size, hidden], the head's
+        self.embedding = Embedding(self.vocab_size, read.hidden_size)  # the head's only: a drafter is fed its target's rows
         self.centroid_head = None
         if fields.get("use_ordered_embeddings", False):
             clusters, top_k = fields.integer("num_centroids", 2048), fields.integer("centroid_intermediate_top_k", 32)
@@ -106,11 +106,11 @@ class Gemma4Assistant(nn.Module):
         for block in self.blocks:
             x, context = block(x, context)
         x = self.norm(x)
-        logits = F.linear(x, self.embedding) if self.centroid_head is None else self.centroid_head(x, self.embedding)
+        logits = self.embedding.scores(x) if self.centroid_head is None else self.centroid_head(x, self.embedding.weight)
         return Draft(logits, self.post_projection(x))
 
     def weight_sources(self) -> dict[str, Source]:
-        sources = {"embedding": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
+        sources = {"embedding.weight": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
         sources |= {f"{name}.weight": Source((f"{name}.weight",)) for name in ("pre_projection", "post_projection")}
         if self.centroid_head is not None:
             sources["centroid_head.centroids.weight"] = Source(("masked_embedding.centroids.weight",))

@@ -58,7 +58,7 @@ class Attention(nn.Module):
     def append(self, x: Tensor, rotation: Rotation, step: Step) -> Tensor | None:  # [tokens, hidden]
         """Keys and values of every token go into the cache. Returns the queries' projection where every token goes on."""
         start = self.q_size if step.narrows(self.index) else 0
-        projected = self.qkv.part(x, start, self.qkv.weight.shape[0])
+        projected = self.qkv.part(x, start, self.qkv.out_features)
         q, kv = projected.split((self.q_size - start, projected.shape[-1] - self.q_size + start), dim=-1)
         kv = kv.unflatten(-1, (-1, self.num_kv_heads, self.head_dim))  # [tokens, 1 or 2, kv_heads, head_dim]
         rows = {"v": self.v_norm(kv[:, -1])}

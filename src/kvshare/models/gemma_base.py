@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
+from kvshare.layers.embedding import Embedding
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
-from kvshare.layers.per_layer_embedding import PerLayerInputs, scaled_embedding
+from kvshare.layers.per_layer_embedding import PerLayerInputs, scaled
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
@@ -71,7 +71,7 @@ class GemmaModel(Model):
         self.hidden_size = fields.integer("hidden_size")
         cap = fields.get("final_logit_softcapping")
         self.softcap = None if cap is None else float(cap)
-        self.embedding = nn.Parameter(torch.empty(self.vocab_size, self.hidden_size))  # [vocab_size, hidden]
+        self.embedding = Embedding(self.vocab_size, self.hidden_size)
         self.norm = RMSNorm(self.hidden_size, float(fields.get("rms_norm_eps", 1e-6)), offset=norm_offset)
         self.head = None if fields.get("tie_word_embeddings", True) else Linear(self.hidden_size, self.vocab_size)
         rope = rope_by_kind(fields)
@@ -79,18 +79,19 @@ class GemmaModel(Model):
         self.frequencies: dict[str, Frequencies] = {kind: frequencies(rope[kind], width) for kind, width in widths.items()}
 
     def embed(self, tokens: Tensor) -> Tensor:  # [tokens] -> [tokens, hidden]
-        return scaled_embedding(tokens, self.embedding, self.hidden_size**0.5, self.embedding.dtype)
+        rows = self.embedding(tokens)
+        return scaled(rows, self.hidden_size**0.5, rows.dtype)
 
     def context(self, step: Step, dtype: torch.dtype, inputs: PerLayerInputs | None = None) -> Context:
         return Context(step, {kind: table.at(step.positions, dtype) for kind, table in self.frequencies.items()}, inputs)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        scores = F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+        scores = self.embedding.scores(hidden) if self.head is None else self.head(hidden)
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
     def base_sources(self) -> dict[str, Source]:
         """Where the parameters outside the blocks come from."""
-        sources = {"embedding": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
+        sources = {"embedding.weight": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
         if self.head is not None:
             sources["head.weight"] = Source(("lm_head.weight",))
         return sources

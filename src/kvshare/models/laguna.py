@@ -19,6 +19,7 @@ from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.activations import swiglu
+from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts, expert_sources
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.linear import Linear
@@ -122,7 +123,7 @@ class Attention(nn.Module):
 
     def append(self, x: Tensor, rotation: Rotation, step: Step) -> None:  # [tokens, hidden]
         """Normalised, rotated keys and plain values of every token go into the cache."""
-        rows = self.qkv.part(x, self.q_size, self.qkv.weight.shape[0]).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
+        rows = self.qkv.part(x, self.q_size, self.qkv.out_features).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
         k, v = rows.unbind(1)  # [tokens, kv_heads, head_dim]
         assert self.k_norm is not None
         step.append(self.index, {"k": rotation.half_split(self.k_norm(k)), "v": v})
@@ -192,7 +193,7 @@ class Laguna(Model):
         super().__init__()
         self.config = LagunaConfig.read(config)
         self.layout, self.vocab_size = layout, self.config.vocab_size
-        self.embedding = nn.Parameter(torch.empty(self.vocab_size, self.config.hidden_size))  # [vocab_size, hidden]
+        self.embedding = Embedding(self.vocab_size, self.config.hidden_size)
         self.blocks = nn.ModuleList(Block(self.config, layout, index) for index in range(len(layout.layers)))
         self.norm = RMSNorm(self.config.hidden_size, self.config.eps)
         self.head = None if self.config.tied else Linear(self.config.hidden_size, self.vocab_size)
@@ -202,7 +203,7 @@ class Laguna(Model):
         self.keep_float32 = frozenset(name for name, _ in self.named_parameters() if name.endswith("router.correction"))
 
     def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
-        x = F.embedding(tokens, self.embedding)
+        x = self.embedding(tokens)
         rotations = {layer_type: waves.at(step.positions, x.dtype) for layer_type, waves in self.frequencies.items()}
         for block in self.blocks:
             x, rotations, step = block(x, rotations, step)
@@ -211,10 +212,10 @@ class Laguna(Model):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        return F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+        return self.embedding.scores(hidden) if self.head is None else self.head(hidden)
 
     def weight_sources(self) -> dict[str, Source]:
-        sources = {"embedding": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
+        sources = {"embedding.weight": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
         if self.head is not None:
             sources["head.weight"] = Source(("lm_head.weight",))
         for name, _ in self.blocks.named_parameters():

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.layers.activations import swiglu
+from kvshare.layers.embedding import Embedding
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
@@ -84,7 +83,7 @@ class Attention(nn.Module):
 
     def append(self, x: Tensor, rotation: Rotation, step: Step) -> None:  # [tokens, hidden]
         """Keys and values of every token go into the cache, keys rotated."""
-        rows = self.qkv.part(x, self.q_size, self.qkv.weight.shape[0]).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
+        rows = self.qkv.part(x, self.q_size, self.qkv.out_features).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
         k, v = rows.unbind(1)  # [tokens, kv_heads, head_dim]
         if self.k_norm is not None:
             k = self.k_norm(k)
@@ -127,14 +126,14 @@ class Llama(Model):
         super().__init__()
         self.config = LlamaConfig.read(config)
         self.layout, self.vocab_size = layout, self.config.vocab_size
-        self.embedding = nn.Parameter(torch.empty(self.vocab_size, self.config.hidden_size))  # [vocab_size, hidden]
+        self.embedding = Embedding(self.vocab_size, self.config.hidden_size)
         self.blocks = nn.ModuleList(Block(self.config, layout, index) for index in range(len(layout.layers)))
         self.norm = RMSNorm(self.config.hidden_size, self.config.eps)
         self.head = None if self.config.tied else Linear(self.config.hidden_size, self.vocab_size)
         self.frequencies = frequencies(self.config.rope, self.config.head_dim)
 
     def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
-        x = F.embedding(tokens, self.embedding)
+        x = self.embedding(tokens)
         rotation = self.frequencies.at(step.positions, x.dtype)
         for block in self.blocks:
             x, rotation, step = block(x, rotation, step)
@@ -143,10 +142,10 @@ class Llama(Model):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        return F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+        return self.embedding.scores(hidden) if self.head is None else self.head(hidden)
 
     def weight_sources(self) -> dict[str, Source]:
-        sources = {"embedding": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
+        sources = {"embedding.weight": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
         if self.head is not None:
             sources["head.weight"] = Source(("lm_head.weight",))
         for name, _ in self.blocks.named_parameters():

@@ -21,6 +21,7 @@ from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.layers.activations import swiglu
 from kvshare.layers.causal_conv import CausalWindows, TwoStageConv
+from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
@@ -180,7 +181,7 @@ class Zaya(Model):
         self.config = ZayaConfig.read(config)
         self.layout, self.vocab_size = layout, self.config.vocab_size
         hidden = self.config.hidden_size
-        self.embedding = nn.Parameter(torch.empty(self.vocab_size, hidden))  # [vocab_size, hidden]
+        self.embedding = Embedding(self.vocab_size, hidden)
         self.input_scale, self.input_bias = nn.Parameter(torch.empty(hidden)), nn.Parameter(torch.empty(hidden))
         self.blocks = nn.ModuleList(Block(self.config, layout, index) for index in range(len(layout.layers)))
         self.norm = RMSNorm(hidden, self.config.eps)
@@ -190,7 +191,7 @@ class Zaya(Model):
         self.keep_float32 = frozenset(name for name, _ in self.named_parameters() if name.endswith(".balance") or ".after_" in name)
 
     def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
-        x = F.embedding(tokens, self.embedding)
+        x = self.embedding(tokens)
         rotations = {kind: waves.at(step.positions, x.dtype) for kind, waves in self.frequencies.items()}
         device = x.device
         windows = Windows(CausalWindows.of(step.counts, sum(self.config.conv_taps) - 2, device), CausalWindows.of(step.counts, 1, device))
@@ -200,7 +201,7 @@ class Zaya(Model):
         return self.norm(residual.to(x.dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        scores = F.linear(hidden, self.embedding) if self.head is None else self.head(hidden)
+        scores = self.embedding.scores(hidden) if self.head is None else self.head(hidden)
         return scores if self.head_bias is None else scores + self.head_bias
 
     def weight_sources(self) -> dict[str, Source]:

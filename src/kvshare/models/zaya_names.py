@@ -65,7 +65,7 @@ def _places(part: str) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
 
 
 _MODEL_NAMES = {  # native, legacy
-    "embedding": ("model.embed_tokens.weight",) * 2,
+    "embedding.weight": ("model.embed_tokens.weight",) * 2,
     "input_scale": ("model.input_hidden_states_scale", "model.layers.0.res_scale.hidden_states_scale"),
     "input_bias": ("model.input_hidden_states_bias", "model.layers.0.res_scale.hidden_states_bias"),
     "norm.weight": ("model.norm.weight", "model.final_norm.weight"),

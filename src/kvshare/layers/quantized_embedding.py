@@ -1,0 +1,24 @@
+"""Embeddings whose table stays in quantized blocks: a step decodes the rows of its tokens, the head multiplies with the blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.kernels.quantized_weight import QuantizedWeight
+
+
+class QuantizedEmbedding(nn.Module):
+    """Stands in for `Embedding`; rows come out in `dtype`."""
+
+    def __init__(self, table: PackedBlocks, dtype: torch.dtype):
+        super().__init__()
+        self.table, self.dtype = table, dtype
+        self.weight = QuantizedWeight((table,))
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [tokens] -> [tokens, width]
+        return self.table.rows(tokens).to(self.dtype)
+
+    def scores(self, hidden: Tensor) -> Tensor:  # [rows, width] -> [rows, entries]
+        return self.weight.matmul(hidden)
