@@ -11,6 +11,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from kvshare.checkpoints.block_encoding import ENCODERS, GROUP, encode_blocks
 from kvshare.checkpoints.checkpoint import Checkpoint
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.progress import Progress
@@ -61,12 +62,12 @@ class Loadable(Protocol):
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None = None, keep_blocks: bool = False
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None = None, blocks: str = "none"
 ) -> tuple[str, ...]:
     """Fill `model`, built on the meta device, from `checkpoint`: floating-point numbers become `dtype`, integers stay what they are.
 
-    With `keep_blocks`, linear layers and embeddings that the file holds in quantized blocks keep them, and native kernels multiply
-    with the blocks; without it they are widened to `dtype`.
+    `blocks`: with "file", linear layers and embeddings that the file holds in quantized blocks keep them, and native kernels multiply
+    with the blocks; "int8" or "int4" also quantizes those that are plain numbers; with "none" all are widened to `dtype`.
     Every shape is compared before any data is read. A tensor that is stored in the dtype it is wanted in stays a view of
     the mapped file. Returns (and logs) the tensors of the file that nobody reads, but for the k and v of layers that
     share another layer's cache, which are expected to lie there dead. Raises `CheckpointError` for tensors that are missing
@@ -79,12 +80,11 @@ def load_weights(
     _check_file(wanted, sources, checkpoint)
 
     keep_float32, mapped = (frozenset(getattr(model, attribute, ())) for attribute in ("keep_float32", "memory_mapped"))
-    packed = _packed_layers(model, sources, checkpoint) if keep_blocks else {}
+    in_blocks = _block_layers(model, sources, checkpoint, blocks)
     total = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in wanted.values()}.values())
     done, loaded = 0, {}
     for name, old in wanted.items():
-        if name.removesuffix(".weight") in packed:
-            done += old.nbytes
+        if name in in_blocks:
             continue
         if id(old) not in loaded:  # a tied tensor is loaded once and stays tied
             goal = old.dtype if not old.is_floating_point() else torch.float32 if name in keep_float32 else dtype
@@ -95,8 +95,11 @@ def load_weights(
             if progress:
                 progress(done, total)
         _assign(model, name, loaded[id(old)])
-    for path, parts in packed.items():
-        model.set_submodule(path, quantized_layer(model.get_submodule(path), parts, dtype))
+    for name in sorted(in_blocks):  # behind the rest: the layer takes its bias along
+        _make_block_layer(model, name, sources[name], checkpoint, dtype, blocks)
+        done += wanted[name].nbytes
+        if progress:
+            progress(done, total)
     return _report_unread(checkpoint, sources)
 
 
@@ -136,17 +139,31 @@ def _shape_of(source: Source, shapes: list[tuple[int, ...]]) -> tuple[int, ...] 
         return None
 
 
-def _packed_layers(model: nn.Module, sources: Mapping[str, Source], checkpoint: Checkpoint) -> dict[str, list[PackedBlocks | Tensor]]:
-    """The layers, by path, whose weight the file holds in blocks that kernels multiply with; parts in other types are widened."""
-    layers: dict[str, list[PackedBlocks | Tensor]] = {}
+def _block_layers(model: nn.Module, sources: Mapping[str, Source], checkpoint: Checkpoint, blocks: str) -> frozenset[str]:
+    """The parameters that become blocks: weights of linear layers and embeddings, as `load_weights` is told by `blocks`."""
+    names = set()
     for path, module in model.named_modules():
-        if not isinstance(module, Linear | Embedding) or (source := sources[f"{path}.weight"]).combine is not None:
+        if not isinstance(module, Linear | Embedding):
             continue
-        parts = [checkpoint.packed(name) for name in source.names]
-        if any(part is not None for part in parts) and all(part is None or part.type.name in BLOCK_TYPES for part in parts):
-            named = zip(source.names, parts, strict=True)
-            layers[path] = [part if part is not None else checkpoint.get(name, torch.bfloat16).contiguous() for name, part in named]
-    return layers
+        name, (width, source) = f"{path}.weight", (module.weight.shape[1], sources[f"{path}.weight"])
+        kept = [part.type.name for part in map(checkpoint.packed, source.names) if part is not None] if blocks != "none" else []
+        if source.combine is None and (kept or blocks in ENCODERS) and width % GROUP == 0 and set(kept) <= set(BLOCK_TYPES):
+            names.add(name)
+    return frozenset(names)
+
+
+def _make_block_layer(model: nn.Module, name: str, source: Source, checkpoint: Checkpoint, dtype: torch.dtype, blocks: str) -> None:
+    """Put a layer that multiplies with blocks in the place of the one whose weight is `name`."""
+    path = name.removesuffix(".weight")
+
+    def part(tensor: str) -> PackedBlocks | Tensor:
+        packed = checkpoint.packed(tensor)
+        if packed is not None:
+            return packed
+        plain = checkpoint.get(tensor, torch.bfloat16)
+        return encode_blocks(plain, blocks) if blocks in ENCODERS else plain.contiguous()
+
+    model.set_submodule(path, quantized_layer(model.get_submodule(path), [part(tensor) for tensor in source.names], dtype))
 
 
 def _read(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> Tensor:

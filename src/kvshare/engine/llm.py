@@ -25,7 +25,7 @@ from kvshare.layout.precision import read_precision
 from kvshare.models import build_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHTS = ("auto", "native", "full")
+WEIGHTS = ("auto", "native", "full", "int8", "int4")
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ARENA_SHARE = 0.5  # of the memory that is free when the weights are loaded
 
@@ -41,7 +41,7 @@ class LLM:
     `kv_memory`: bytes for the cache; by default what `max_sequences` sequences of `max_context` need, at most half of the free memory.
     `chunk`: tokens that one step computes at most; bounds the memory of a long prompt's prefill.
     `weights`: "native" keeps the quantized blocks of a GGUF file and multiplies with them, "full" widens them to `dtype` at load,
-    "auto" is native where the file has blocks and the kernels are built.
+    "int8" and "int4" quantize plain ones at load, "auto" is native where the kernels are built.
     `kv_layout`: how Gemma 4's K = V layers are stored: "plain", "compact" or "v-only".
     `kv_dtype`: precision of the cache: a name ("bf16", "int8", "int4", ...), one by owner's layer (-1 for the others), or the path of a
     JSON file that `kvshare tune` wrote; by default `dtype`'s own. Lossy rows are decoded when they are read: they save memory, not time.
@@ -70,7 +70,7 @@ class LLM:
         own = _PRECISIONS[self.dtype]
         precision = own if kv_dtype is None else read_precision(kv_dtype, self.model.layout, own)
         with progress_bar("loading weights") if progress else nullcontext() as report:
-            load_weights(self.model, checkpoint, self.dtype, report, keep_blocks=_keeps_blocks(weights, self.dtype))
+            load_weights(self.model, checkpoint, self.dtype, report, blocks=_blocks(weights, self.dtype))
         self.tokenizer = checkpoint.tokenizer()
         self.generation_config: Mapping[str, Any] = checkpoint.generation_config
         self.arena, self.max_context = _make_arena(self.model.layout, precision, max_context, max_sequences, kv_memory, chunk)
@@ -146,14 +146,17 @@ def _choose_dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
     return DTYPES[name]
 
 
-def _keeps_blocks(weights: str, dtype: torch.dtype) -> bool:
+def _blocks(weights: str, dtype: torch.dtype) -> str:
+    """What `load_weights` is told: which weights are quantized blocks."""
     if weights not in WEIGHTS:
         raise RequestError(f"weights: unknown {weights!r}: choose one of {', '.join(WEIGHTS)}")
-    if weights == "native" and not kernels.available():
-        raise RequestError(f"weights: native needs the native kernels, which are not there ({kernels.reason_unavailable()}): choose full")
-    if weights == "native" and dtype == torch.float16:
-        raise RequestError("weights: native kernels compute in bfloat16 or float32: choose one of them as dtype, or full")
-    return weights != "full" and kernels.available() and dtype != torch.float16
+    if weights == "full":
+        return "none"
+    reason = "" if kernels.available() else f"the native kernels are not there ({kernels.reason_unavailable()})"
+    reason = reason or ("the kernels compute in bfloat16 or float32" if dtype == torch.float16 else "")
+    if reason and weights != "auto":
+        raise RequestError(f"weights {weights}: {reason}: choose full{' or another dtype' if dtype == torch.float16 else ''}")
+    return "none" if reason else "file" if weights in ("auto", "native") else weights
 
 
 def _make_arena(
