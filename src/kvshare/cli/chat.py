@@ -45,13 +45,14 @@ def chat(
     max_context: options.MaxContext = None,
     kv_memory: options.KVMemory = None,
     kv_layout: options.KVLayout = "plain",
+    kv_dtype: options.KVDtype = None,
 ) -> None:
     """Talk to a model.
 
     Models without a chat template continue the text that you type. Answers go to stdout, everything else to stderr.
     A pipe works too: each line of stdin is a message.
     """
-    llm = options.load_llm(model, dtype, max_context, kv_memory, kv_layout)
+    llm = options.load_llm(model, dtype, max_context, kv_memory, kv_layout, kv_dtype)
     params = llm.default_sampling_params(
         temperature=temperature,
         top_k=top_k,

@@ -48,6 +48,18 @@ KVLayout = Annotated[
         help="What Gemma 4's layers with keys equal to values store: both, V and the rotated part of K, or V alone.",
     ),
 ]
+KV_DTYPES = "bf16, fp16, fp32, fp8, int8, int4, rot4, rot3, rot2 (rotated, optimal levels), native (DeepSeek's own)"
+KVDtype = Annotated[
+    str | None,
+    typer.Option(
+        envvar="KVSHARE_KV_DTYPE",
+        metavar="NAME|FILE",
+        show_default="as --dtype",
+        rich_help_panel="Model",
+        help=f"Precision of the cache: {KV_DTYPES}, or a .json file that kvshare tune wrote. Below 16 bits the cache takes less memory, "
+        "not less time: rows are decoded when they are read.",
+    ),
+]
 
 _MODELS_OWN = "the model's own"
 Temperature = Annotated[
@@ -82,7 +94,13 @@ Stop = Annotated[
 
 
 def load_llm(
-    model: str, dtype: str, max_context: str | None = None, kv_memory: str | None = None, kv_layout: str = "plain", max_sequences: int = 1
+    model: str,
+    dtype: str,
+    max_context: str | None = None,
+    kv_memory: str | None = None,
+    kv_layout: str = "plain",
+    kv_dtype: str | None = None,
+    max_sequences: int = 1,
 ) -> LLM:
     """Load what the command line named, and say on stderr which file that is."""
     tokens = parse_tokens(max_context) if max_context is not None else None
@@ -93,4 +111,4 @@ def load_llm(
 
     path = locate(model)
     typer.secho(f"{model}: {path}" if str(path) != model else model, err=True, dim=True)
-    return LLM(path, dtype=dtype, max_context=tokens, kv_memory=memory, kv_layout=kv_layout, max_sequences=max_sequences)
+    return LLM(path, dtype=dtype, max_context=tokens, kv_memory=memory, kv_layout=kv_layout, kv_dtype=kv_dtype, max_sequences=max_sequences)

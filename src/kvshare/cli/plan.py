@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from kvshare.cli.options import KV_DTYPES
 from kvshare.cli.units import parse_bytes, parse_tokens
 from kvshare.errors import CapacityError, RequestError
 from kvshare.planner import check_fits
@@ -15,7 +16,6 @@ from kvshare.planner import plan as plan_model
 from kvshare.planner.engines import deployment
 from kvshare.planner.report import DEFAULT_CHUNK
 
-KVDtype = Literal["bf16", "fp8", "int8", "int4", "fp16", "fp32", "native"]
 KVLayout = Literal["plain", "compact", "v-only"]
 WeightDtype = Literal["bf16", "int8", "int4"]
 Engine = Literal["vllm", "llama.cpp", "sglang", "tensorrt-llm"]
@@ -36,7 +36,7 @@ def plan(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     kv_dtype: Annotated[
-        KVDtype, typer.Option(help="Precision of the cache; native is the format that DeepSeek's own code stores (bf16 for other models).")
+        str, typer.Option(metavar="NAME|FILE", help=f"Precision of the cache: {KV_DTYPES}, or a .json file that kvshare tune wrote.")
     ] = "bf16",
     kv_layout: Annotated[
         KVLayout,

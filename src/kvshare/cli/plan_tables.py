@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvshare.cli.units import format_bytes, format_count
-from kvshare.layout import KINDS, CacheLayout, LayerCache, State, Stream
+from kvshare.layout import KINDS, CacheLayout, LayerCache, PrecisionChoice, State, Stream
 from kvshare.planner import ModelPlan
 from kvshare.planner.engines import Deployment
 from kvshare.planner.report import UNBOUNDED
@@ -31,7 +31,7 @@ def print_report(report: ModelPlan) -> None:
     """One model in full."""
     console = Console(highlight=False)
     sequences = f" in each of {report.batch} sequences" if report.batch > 1 else ""
-    console.print(Text(f"{report.model.name}: {report.context:,} tokens{sequences}, {report.kv_dtype} cache", style="bold"))
+    console.print(Text(f"{report.model.name}: {report.context:,} tokens{sequences}, {report.kv_dtype_words} cache", style="bold"))
     console.print(Text(f"config: {report.model.source}", style="dim"))
     console.print(_layer_table(report))
     console.print(_figures(report))
@@ -43,7 +43,7 @@ def print_comparison(reports: Sequence[ModelPlan]) -> None:
     console = Console(highlight=False)
     first = reports[0]
     weights = f", {first.weights.precision} weights" if first.weights else ""
-    console.print(Text(f"{first.kv_dtype} cache, batch {first.batch}{weights}", style="bold"))
+    console.print(Text(f"{first.kv_dtype_words} cache, batch {first.batch}{weights}", style="bold"))
     width = max(_FIGURE_WIDTH, *(len(report.model.name) for report in reports))
     abreast = max(1, (console.width - _LABEL_WIDTH) // (width + 2))
     for start in range(0, len(reports), abreast):
@@ -109,9 +109,11 @@ def _layer_table(report: ModelPlan) -> Table:
     table.add_column("each stores", "")
     table.add_column("rows", "", justify="right")
     table.add_column("cache", format_bytes(report.kv_bytes["total"]), justify="right", no_wrap=True)
-    for layer, indices in _groups(report.layout):
+    for layer, indices in _groups(report.layout, report.kv_dtype):
         lines = _stored(layer, report.context)
         form = report.layout.precision_of(indices[0], report.kv_dtype)
+        if not isinstance(report.kv_dtype, str):
+            lines = [(f"{what} ({form.name})", rows) for what, rows in lines]
         cost = sum(stream.live_rows(report.context) * stream.row_bytes(form) for stream in layer.streams)
         cost += sum(state.num_bytes for state in layer.states)
         table.add_row(
@@ -124,12 +126,13 @@ def _layer_table(report: ModelPlan) -> Table:
     return table
 
 
-def _groups(layout: CacheLayout) -> list[tuple[LayerCache, list[int]]]:
-    """Layers that store and read alike, in the order in which they first appear."""
+def _groups(layout: CacheLayout, precision: PrecisionChoice) -> list[tuple[LayerCache, list[int]]]:
+    """Layers that store (in the same precision) and read alike, in the order in which they first appear."""
     groups: dict[tuple[object, ...], tuple[LayerCache, list[int]]] = {}
     for index, layer in enumerate(layout.layers):
         reads = layer.owner if layer.owner != index else None
-        key = (layer.kind, reads, layer.streams, layer.states, layer.borrowed)
+        form = layout.precision_of(index, precision) if reads is None else None
+        key = (layer.kind, reads, form, layer.streams, layer.states, layer.borrowed)
         groups.setdefault(key, (layer, []))[1].append(index)
     return list(groups.values())
 

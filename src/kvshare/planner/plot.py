@@ -90,7 +90,7 @@ def _contexts(last: int) -> list[int]:
 
 
 def _title(reports: Sequence[ModelPlan]) -> str:
-    precision = {str(report.kv_dtype) for report in reports}
+    precision = {report.kv_dtype_words for report in reports}
     batch = {report.batch for report in reports}
     words = f"Key-value cache, {' / '.join(sorted(precision))}"
     return words if batch == {1} else f"{words}, batch {', '.join(map(str, sorted(batch)))}"

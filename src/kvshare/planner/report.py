@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from kvshare.errors import CapacityError, ConfigError
 from kvshare.layout import CacheLayout, PrecisionChoice, layout_from_config
 from kvshare.layout.config import Fields, text_config
-from kvshare.layout.rows import precision_named
+from kvshare.layout.precision import describe_precision, read_precision
 from kvshare.planner.models import ModelConfig, resolve
 from kvshare.planner.parameters import Parameters, count_parameters
 
@@ -69,6 +70,11 @@ class ModelPlan:
         """Whether weights and peak fit the memory (true where none was given)."""
         return self.memory is None or (self.max_batch is not None and self.max_batch >= self.batch)
 
+    @property
+    def kv_dtype_words(self) -> str:
+        """What stands in front of "cache": `int8`, or how many owners have which precision."""
+        return describe_precision(self.kv_dtype, self.layout)
+
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values; bytes as integers."""
         margin = self.bytes_per_token
@@ -77,7 +83,7 @@ class ModelPlan:
             "model": self.model.name,
             "context": self.context,
             "batch": self.batch,
-            "kv_dtype": self.kv_dtype,
+            "kv_dtype": self.kv_dtype if isinstance(self.kv_dtype, str) else {i: self.kv_dtype[i] for i in self.layout.owners},
             "kv_layout": self.kv_layout,
             "kv_bytes": dict(self.kv_bytes),
             "held_bytes": self.held_bytes,
@@ -103,7 +109,7 @@ def plan(
     model: str | ModelConfig,
     context: int | None = None,
     batch: int = 1,
-    kv_dtype: PrecisionChoice = "bf16",
+    kv_dtype: str | Path | Mapping[int, str] = "bf16",
     kv_layout: str = "plain",
     weights: str = "bf16",
     memory: int | None = None,
@@ -112,11 +118,13 @@ def plan(
     """The report on `model` (anything that `resolve` takes) after `context` tokens in each of `batch` sequences.
 
     `context` defaults to 131,072 tokens, or the model's own limit where that is less; `memory` is in bytes and holds the weights too.
+    `kv_dtype` is a precision, one by owner's layer, or the path of a JSON file that `kvshare tune` wrote.
     Raises `ConfigError` for configs that cannot be read, and where `memory` is given for a model whose weights are not counted.
     """
-    _check_arguments({"context": context, "batch": batch, "chunk": chunk, "memory": memory}, kv_dtype, weights)
+    _check_arguments({"context": context, "batch": batch, "chunk": chunk, "memory": memory}, weights)
     found = resolve(model) if isinstance(model, str) else model
     layout = layout_from_config(found.config, kv_layout)
+    precision = read_precision(kv_dtype, layout)
     context = context or min(DEFAULT_CONTEXT, layout.max_context or DEFAULT_CONTEXT)
     warnings = list(layout.warnings)
     if layout.max_context is not None and context > layout.max_context:
@@ -131,26 +139,26 @@ def plan(
     longest = largest = None
     if memory is not None and sized is not None:
         left = memory - sized.bytes
-        longest = _largest(lambda tokens: layout.peak_bytes(tokens, batch, kv_dtype, chunk) <= left, layout.max_context or UNBOUNDED)
-        largest = _largest(lambda sequences: layout.peak_bytes(context, sequences, kv_dtype, chunk) <= left, UNBOUNDED)
-    split = layout.bytes_by_kind(context, batch, kv_dtype)
+        longest = _largest(lambda tokens: layout.peak_bytes(tokens, batch, precision, chunk) <= left, layout.max_context or UNBOUNDED)
+        largest = _largest(lambda sequences: layout.peak_bytes(context, sequences, precision, chunk) <= left, UNBOUNDED)
+    split = layout.bytes_by_kind(context, batch, precision)
     return ModelPlan(
         model=found,
         layout=layout,
         context=context,
         batch=batch,
-        kv_dtype=kv_dtype,
+        kv_dtype=precision,
         kv_layout=kv_layout,
         kv_bytes={"total": sum(split.values()), **split},
-        held_bytes=layout.held_bytes(context, batch, kv_dtype),
-        peak_bytes=layout.peak_bytes(context, batch, kv_dtype, chunk),
+        held_bytes=layout.held_bytes(context, batch, precision),
+        peak_bytes=layout.peak_bytes(context, batch, precision, chunk),
         without=Without(
-            sharing=layout.without_sharing().bytes(context, batch, kv_dtype),
-            windows=layout.without_windows().bytes(context, batch, kv_dtype),
-            both=layout.without_sharing().without_windows().bytes(context, batch, kv_dtype),
+            sharing=layout.without_sharing().bytes(context, batch, precision),
+            windows=layout.without_windows().bytes(context, batch, precision),
+            both=layout.without_sharing().without_windows().bytes(context, batch, precision),
         ),
-        bytes_per_token=layout.bytes_per_token(kv_dtype),
-        read_bytes=layout.read_bytes(context, batch, kv_dtype),
+        bytes_per_token=layout.bytes_per_token(precision),
+        read_bytes=layout.read_bytes(context, batch, precision),
         weights=sized,
         memory=memory,
         max_context=longest,
@@ -159,12 +167,10 @@ def plan(
     )
 
 
-def _check_arguments(numbers: Mapping[str, int | None], kv_dtype: PrecisionChoice, weights: str) -> None:
+def _check_arguments(numbers: Mapping[str, int | None], weights: str) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise ConfigError(name, f"must be at least 1, not {value}")
-    for name in (kv_dtype,) if isinstance(kv_dtype, str) else kv_dtype.values():
-        precision_named(name)
     if weights not in WEIGHT_BITS:
         raise ConfigError("weights", f"unknown precision {weights!r}: choose one of {', '.join(WEIGHT_BITS)}")
 
