@@ -67,13 +67,14 @@ def _examine_dtype(report: Report, llm: LLM, ids: Sequence[int], notice: Notice,
     dtype = str(llm.dtype).removeprefix("torch.")
     try:
         notice(f"{dtype}: in one step")
-        ways = Ways(llm.model, ids, dtype, llm.engine.precision)
+        num_begin = int(ids[0] == llm.tokenizer.bos_id)
+        ways = Ways(llm.model, ids, num_begin, dtype, llm.engine.precision)
         for name, difference, remark in ways.checks():
             report.checks.append(difference.check(name, dtype, remark))
             notice(f"{dtype}: behind {name}")
         report.checks += [writes_check(ways), plan_check(ways)]
         notice(f"{dtype}: the engine")
-        report.checks += serving_checks(llm, ids, dtype)
+        report.checks += serving_checks(llm, ids, num_begin, dtype)
         if oracle is not None:
             report.perplexity = perplexity(llm.model, [ids]).perplexity
             notice(f"{dtype}: transformers")

@@ -42,7 +42,8 @@ def odd_sizes(total: int) -> list[int]:
 class Ways:
     """The ways of running `model` on `ids`. Arenas are checked on the way: `steps`, `deviations`, `foreign_writes`."""
 
-    def __init__(self, model: Model, ids: Sequence[int], dtype: str, precision: PrecisionChoice):
+    def __init__(self, model: Model, ids: Sequence[int], num_begin: int, dtype: str, precision: PrecisionChoice):
+        self.begin = ids[:num_begin]  # <bos>, without which some models write nonsense that amplifies every rounding
         self.model, self.ids, self.dtype, self.precision = model, ids, dtype, precision
         self.reference = one_shot(model, ids)  # [tokens, hidden]
         self.steps = 0
@@ -94,7 +95,8 @@ class Ways:
     def _ragged_batch(self) -> Difference:
         """Three sequences, each advancing by its own number of tokens a step, one of them at times by none."""
         total, numbers = len(self.ids), random.Random(0)
-        texts = [self.ids, self.ids[total // 3 :], self.ids[total // 2 : total // 2 + max(2, total // 4)]]
+        others = (self.ids[total // 3 :], self.ids[total // 2 : total // 2 + max(2, total // 4)])
+        texts = [self.ids, *([*self.begin, *other] for other in others)]
         references = [self.reference, *(one_shot(self.model, text) for text in texts[1:])]
         outs: list[list[Tensor]] = [[] for _ in texts]
         watched = self.watch(len(texts))

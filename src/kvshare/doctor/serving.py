@@ -15,10 +15,10 @@ NEW_TOKENS = 12
 LOGPROBS = 5
 
 
-def serving_checks(llm: LLM, ids: Sequence[int], dtype: str) -> list[Check]:
-    """Greedy answers to three prompts, alone and together, and what the arena held for them."""
+def serving_checks(llm: LLM, ids: Sequence[int], num_begin: int, dtype: str) -> list[Check]:
+    """Greedy answers to three prompts, alone and together, and what the arena held. `ids[:num_begin]` is <bos>, if a text needs one."""
     third = max(4, min(len(ids), llm.max_context - NEW_TOKENS) // 3)
-    prompts = [list(ids[:third]), list(ids[: 2 * third]), list(ids[third : third + max(2, third // 2)])]
+    prompts = [list(ids[:third]), list(ids[: 2 * third]), [*ids[:num_begin], *ids[third : third + max(2, third // 2)]]]
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=LOGPROBS)
     alone = [llm.generate(prompt, params)[0].outputs[0] for prompt in prompts]
     cancelled = llm.engine.add(prompts[1], params)
