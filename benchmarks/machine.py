@@ -16,20 +16,20 @@ class Machine:
     gemm_gflop_s: float  # 10^9 bf16 operations a second, 2048 x 2048 x 2048
 
 
-def _median_seconds(work: Callable[[], object], repeats: int = 7) -> float:
+def median_seconds(work: Callable[[], object], repeats: int = 7, clock: Callable[[], float] = time.perf_counter) -> float:
     work()
     times = []
     for _ in range(repeats):
-        begun = time.perf_counter()
+        begun = clock()
         work()
-        times.append(time.perf_counter() - begun)
+        times.append(clock() - begun)
     return statistics.median(times)
 
 
-def measure() -> Machine:
+def measure(clock: Callable[[], float] = time.perf_counter) -> Machine:
     """Takes about two seconds and one GiB."""
     words = torch.ones(1 << 28, dtype=torch.float32)
-    read = words.nbytes / _median_seconds(words.sum) / 1e9
+    read = words.nbytes / median_seconds(words.sum, clock=clock) / 1e9
     del words
     left, right = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
-    return Machine(read, 2 * 2048**3 / _median_seconds(lambda: left @ right) / 1e9)
+    return Machine(read, 2 * 2048**3 / median_seconds(lambda: left @ right, clock=clock) / 1e9)

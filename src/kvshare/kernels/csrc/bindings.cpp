@@ -48,14 +48,6 @@ NB_MODULE(_kernels, m) {
         count = omp_get_num_threads();
         return count;
     });
-    m.def("read", [](uintptr_t address, int64_t words) {  // sum of 64-bit words, by all threads: a measure of read bandwidth
-        const auto* p = at<const uint64_t>(address);
-        uint64_t sum = 0;
-#pragma omp parallel for simd reduction(+ : sum) schedule(static)
-        for (int64_t i = 0; i < words; i++) sum += p[i];
-        return sum;
-    });
-
     nb::class_<QuantizedWeight>(m, "QuantizedWeight")
         .def("__init__",
              [](QuantizedWeight* self, const std::vector<std::tuple<uintptr_t, int64_t, BlockType>>& segments, int64_t in_features) {

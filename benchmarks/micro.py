@@ -1,0 +1,173 @@
+"""Each native kernel as a share of this machine's read bandwidth, beside torch's own operation on the same work.
+
+    python -m benchmarks.micro [--json micro.json] [--only attention] [--cpu-clock]
+
+Weights are rotated over more memory than the caches hold. Bytes are what the work must read: blocks once, keys and values once.
+On a machine that others use at the same time, `--cpu-clock` runs one thread and counts its processor time alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.machine import measure, median_seconds
+from kvshare import kernels
+from kvshare.cache.arena import Arena
+from kvshare.cache.tables import PageTable
+from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.checkpoints.gguf_header import BLOCK_TYPES
+from kvshare.kernels.paged_attention import PagedAttention, Query
+from kvshare.kernels.quantized_weight import BLOCK_TYPES as NAMES
+from kvshare.kernels.quantized_weight import QuantizedWeight
+from kvshare.layers.attention import attention
+from kvshare.layout import Stream
+
+Timed = Callable[..., float]
+"""Seconds that a piece of work takes: `benchmarks.machine.median_seconds` with a clock."""
+
+ROTATED_BYTES = 400 << 20
+MATRICES = ((12288, 1536), (1536, 12288))  # Gemma 4 E2B: gate and up, down
+ATTENTION = {  # kv heads, query heads of each, width, rows
+    "E2B full": (1, 8, 512, 131072),
+    "E2B window": (1, 8, 256, 131072),
+    "Llama 3 8B": (8, 4, 128, 32768),
+    "SmolLM2": (3, 3, 64, 131072),
+    "heads of their own": (8, 1, 128, 32768),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    kernel: str
+    work: str
+    seconds: float
+    gb_s: float  # of what must be read
+    share: float  # of the read bandwidth of this run
+    torch: str  # what it is compared with
+    torch_seconds: float
+
+    @property
+    def speedup(self) -> float:
+        return self.torch_seconds / self.seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here, too")
+    parser.add_argument("--only", choices=["products", "prefill", "attention"], help="leave the others out")
+    parser.add_argument("--cpu-clock", action="store_true", help="one thread, in processor time")
+    arguments = parser.parse_args()
+    if not kernels.available():
+        raise SystemExit(f"no kernels to measure: {kernels.reason_unavailable()}")
+    clock = time.perf_counter
+    if arguments.cpu_clock:
+        torch.set_num_threads(1)
+        clock = time.process_time
+    machine = measure(clock)
+    print(
+        f"{torch.get_num_threads()} threads, {kernels.isa()}, read {machine.read_gb_s:.1f} GB/s, "
+        f"bf16 product {machine.gemm_gflop_s:.0f} GFLOP/s\n"
+        f"{'kernel':<14}{'work':<40}{'ms':>9}{'GB/s':>8}{'of read':>9}{'torch':>22}{'ms':>9}{'faster':>8}"
+    )
+    results = []
+    parts = {"products": products, "prefill": prefill, "attention": paged_attention}
+    for name, part in parts.items():
+        for result in part(machine.read_gb_s, partial(median_seconds, clock=clock)) if arguments.only in (None, name) else ():
+            results.append({**asdict(result), "speedup": result.speedup})
+            print(
+                f"{result.kernel:<14}{result.work:<40}{result.seconds * 1e3:>9.3f}{result.gb_s:>8.1f}{result.share:>9.0%}"
+                f"{result.torch:>22}{result.torch_seconds * 1e3:>9.3f}{result.speedup:>7.2f}x",
+                flush=True,
+            )
+    after = measure(clock)
+    print(f"read bandwidth afterwards: {after.read_gb_s:.1f} GB/s")
+    if arguments.json:
+        document = {
+            "isa": kernels.isa(),
+            "threads": torch.get_num_threads(),
+            "before": asdict(machine),
+            "after": asdict(after),
+            "results": results,
+        }
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def products(read_gb_s: float, timed: Timed) -> Iterator[Result]:
+    """Few rows of activations: bound by reading the weights."""
+    for out_features, in_features in MATRICES:
+        dense = [torch.randn(out_features, in_features).bfloat16()]
+        dense += [dense[0].clone() for _ in range(ROTATED_BYTES // dense[0].nbytes)]
+        for rows in (1, 4, 16):
+            x = torch.randn(rows, in_features).bfloat16()
+            torch_seconds = rotated(timed, lambda weight, x=x: F.linear(x, weight), dense)
+            for name in ("BF16", *NAMES):
+                weights = (
+                    [QuantizedWeight([weight]) for weight in dense] if name == "BF16" else random_weights(name, out_features, in_features)
+                )
+                out = torch.empty(rows, out_features, dtype=torch.bfloat16)
+                seconds = rotated(timed, lambda weight, x=x, out=out: weight.matmul(x, out=out), weights)
+                gb_s = weights[0].nbytes / seconds / 1e9
+                work = f"{out_features} x {in_features}, {rows} rows"
+                yield Result(name, work, seconds, gb_s, gb_s / read_gb_s, "bf16 linear", torch_seconds)
+
+
+def prefill(read_gb_s: float, timed: Timed) -> Iterator[Result]:
+    """Many rows of activations: decoded a panel at a time, bound by the product."""
+    for out_features, in_features in MATRICES:
+        x, dense = torch.randn(512, in_features).bfloat16(), torch.randn(out_features, in_features).bfloat16()
+        torch_seconds = timed(lambda x=x, dense=dense: F.linear(x, dense))
+        for name in ("Q4_0", "Q4_K", "Q6_K"):
+            weight = random_weights(name, out_features, in_features, 1)[0]
+            seconds = timed(lambda x=x, weight=weight: weight.matmul(x))
+            gb_s = weight.nbytes / seconds / 1e9
+            yield Result(name, f"{out_features} x {in_features}, 512 rows", seconds, gb_s, gb_s / read_gb_s, "bf16 linear", torch_seconds)
+
+
+def paged_attention(read_gb_s: float, timed: Timed) -> Iterator[Result]:
+    """One query over a long cache in pages; torch gets the same rows in one piece."""
+    for name, (kv_heads, group, width, rows) in ATTENTION.items():
+        row_bytes = kv_heads * width * 2
+        page_bytes = -(-row_bytes * 32 // 4096) * 4096
+        count = -(-rows // (page_bytes // row_bytes))
+        arena = Arena(2 * count, page_bytes)
+        arena.pages.view(torch.bfloat16).normal_()
+        shuffled = torch.randperm(2 * count).tolist()
+        stream = Stream("k", kv_heads, width)
+        tables = [PageTable(0, stream, page_bytes // row_bytes, 0, array("i", half)) for half in (shuffled[:count], shuffled[count:])]
+        q = torch.randn(1, kv_heads * group, width).bfloat16()
+        out = torch.empty_like(q)
+        kernel, query = PagedAttention(arena, kv_heads, width, width, torch.bfloat16), Query(0, 0, rows, *tables)
+        seconds = timed(partial(kernel.attend, q, out, [query], scale=0.05))
+        k, v = (arena.gather(table.pages, row_bytes)[:rows].view(torch.bfloat16).unflatten(-1, (kv_heads, width)) for table in tables)
+        torch_seconds = timed(partial(attention, q, k, v, None, scale=0.05), repeats=3)
+        gb_s = 2 * rows * row_bytes / seconds / 1e9
+        work = f"{name}: {kv_heads} x {group} heads of {width}, {rows} rows"
+        yield Result("attention", work, seconds, gb_s, gb_s / read_gb_s, "scaled_dot_product", torch_seconds)
+
+
+def random_weights(name: str, out_features: int, in_features: int, count: int | None = None) -> list[QuantizedWeight]:
+    block = next(block for block in BLOCK_TYPES.values() if block.name == name)
+    row_bytes = in_features // block.block_size * block.block_bytes
+    count = count or 1 + ROTATED_BYTES // (out_features * row_bytes)
+    blocks = torch.randint(0, 60, (count, out_features, row_bytes), dtype=torch.uint8)  # bytes below 60 make no infinite 16-bit floats
+    return [QuantizedWeight([PackedBlocks(block, (out_features, in_features), each)]) for each in blocks]
+
+
+def rotated(timed: Timed, work: Callable[[Any], object], weights: list[Any]) -> float:
+    """Seconds of one call, going through all the weights."""
+    return timed(lambda: [work(weight) for weight in weights], repeats=5) / len(weights)
+
+
+if __name__ == "__main__":
+    main()
