@@ -13,14 +13,15 @@ What follows `output:` is a key of `GENERATORS`, or a command line that begins w
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 100  # columns of a terminal whose output fits the page
@@ -45,22 +46,62 @@ def command(line: str) -> str:
     return f"```console\n$ {line}\n{printed.strip()}\n```\n"
 
 
-def support_table() -> str:
-    """What each architecture stores, and what of it kvshare plans, runs and reads."""
-    from kvshare.checkpoints.gguf_config import ARCHITECTURES
-    from kvshare.layout.rules import RULES
+def families() -> dict[str, list[str]]:
+    """The `model_type`s that each model class runs, by "module:class"."""
     from kvshare.models import MODELS
-    from kvshare.planner.parameters import COUNTERS
 
-    def row(model_type: str) -> tuple[str, ...]:
-        stores = (RULES[model_type].__doc__ or "").partition("\n")[0].rstrip(".")
-        runs = "yes" if model_type in MODELS else "planned only"
-        return stores, runs, "yes" if model_type in COUNTERS else "no", "yes" if model_type.removesuffix("_text") in ARCHITECTURES else "no"
+    found: dict[str, list[str]] = {}
+    for model_type, where in MODELS.items():
+        found.setdefault(where, []).append(model_type)
+    return found
 
-    lines = ["| `model_type` | its cache | runs | weights counted | GGUF |", "|---|---|---|---|---|"]
-    order = sorted(RULES, key=lambda name: (row(name)[1] != "yes", row(name), name))
-    for cells, names in groupby(order, key=row):
-        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {' | '.join(cells)} |")
+
+def _class_of(where: str) -> Any:
+    module, name = where.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def support_table() -> str:
+    """For each family that runs: its checkpoints, what it caches, its compact forms, and what of it is not supported."""
+    from kvshare.checkpoints.gguf_config import ARCHITECTURES
+    from kvshare.layout import KV_FORMS, layout_from_config
+    from kvshare.layout.rules import RULES
+    from kvshare.planner import bundled_names, resolve
+
+    configs = [resolve(name).config for name in bundled_names()]
+    lines = ["| family | `model_type` | checkpoints | caches | compact forms | not supported |", "|---|---|---|---|---|---|"]
+    for where, types in families().items():
+        own = [config for config in configs if config.get("model_type") in types]
+        forms = [form for form in KV_FORMS if any(layout_from_config(c, form).layers != layout_from_config(c).layers for c in own)]
+        gguf = "GGUF" if {name.removesuffix("_text") for name in types} & ARCHITECTURES else None
+        stores = dict.fromkeys((RULES[name].__doc__ or "").partition("\n")[0].rstrip(".") for name in types)
+        checkpoints = ["safetensors", *filter(None, [gguf]), *_class_of(where).released_as]
+        cells = (
+            f"[{where.split(':')[1]}](../{'src/' + where.split(':')[0].replace('.', '/')}.py)",
+            ", ".join(f"`{name}`" for name in types),
+            "; ".join(checkpoints),
+            "; ".join(stores),
+            ", ".join(forms) or "none",
+            "; ".join(_class_of(where).unsupported),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def planned_only() -> str:
+    """Architectures whose cache is planned but that do not run."""
+    from kvshare.layout.rules import RULES
+    from kvshare.models import DRAFTERS, MODELS
+
+    return ", ".join(f"`{name}`" for name in sorted(RULES) if name not in MODELS and name not in DRAFTERS) + "\n"
+
+
+def family_list() -> str:
+    """One line for each family that runs."""
+    lines = []
+    for where, types in families().items():
+        title = re.split(r" \(|[:.] ", sys.modules[_class_of(where).__module__].__doc__ or "")[0]
+        lines.append(f"* {title} ({', '.join(f'`{name}`' for name in types if not name.endswith('_text'))})")
     return "\n".join(lines) + "\n"
 
 
@@ -73,7 +114,12 @@ def bundled_configs() -> str:
     return "\n".join(lines) + "\n"
 
 
-GENERATORS: Mapping[str, Callable[[], str]] = {"support table": support_table, "bundled configs": bundled_configs}
+GENERATORS: Mapping[str, Callable[[], str]] = {
+    "support table": support_table,
+    "planned only": planned_only,
+    "families": family_list,
+    "bundled configs": bundled_configs,
+}
 """Parts that no command prints, by what stands behind `output:`."""
 
 

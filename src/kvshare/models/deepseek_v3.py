@@ -224,6 +224,8 @@ class Block(nn.Module):
 
 
 class DeepseekV3(Model):
+    unsupported = ("multi-token prediction (its tensors are not read)", "owner maps")
+
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
         super().__init__()
         self.config = DeepseekV3Config.read(config)

@@ -265,6 +265,9 @@ class Block(nn.Module):
 
 
 class DeepseekV4(Model):
+    released_as = ("published names, FP8 weights and packed FP4 experts",)
+    unsupported = ("multi-token prediction (its tensors are not read)", "owner maps")
+
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
         super().__init__()
         self.config = DeepseekV4Config.read(config)

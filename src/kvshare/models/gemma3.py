@@ -77,6 +77,7 @@ class Block(nn.Module):
 
 
 class Gemma3(GemmaModel):
+    unsupported = ("image towers (skipped at load, and said so)",)
     takes_reader_projections = True
 
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):

@@ -179,6 +179,7 @@ def at_magnitude_of(target: Tensor, x: Tensor) -> Tensor:  # [tokens, 1, hidden]
 
 
 class Gemma3n(GemmaModel):
+    unsupported = ("image and audio towers (skipped at load, and said so)",)
     memory_mapped = frozenset({"per_layer.table"})
 
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):

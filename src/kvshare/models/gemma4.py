@@ -154,6 +154,7 @@ class Block(nn.Module):
 
 
 class Gemma4(GemmaModel):
+    unsupported = ("image and audio towers (skipped at load, and said so)", "attention in both directions")
     memory_mapped = frozenset({"per_layer.table"})
 
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):

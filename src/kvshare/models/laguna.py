@@ -189,6 +189,9 @@ class Block(nn.Module):
 
 
 class Laguna(Model):
+    released_as = ("experts one by one, as published",)
+    unsupported = ("published FP8 and NVFP4 weights", "projections of readers in owner maps")
+
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
         super().__init__()
         self.config = LagunaConfig.read(config)

@@ -120,6 +120,7 @@ class Block(nn.Module):
 
 
 class Llama(Model):
+    unsupported = ("mixtures of experts",)
     takes_reader_projections = True
 
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):

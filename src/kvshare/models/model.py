@@ -24,6 +24,8 @@ class Model(nn.Module, ABC):
     vocab_size: int
     memory_mapped: frozenset[str] = frozenset()  # parameters that stay views of the file (large tables read a few rows at a time)
     keep_float32: frozenset[str] = frozenset()  # parameters that are not cast to the model's dtype
+    released_as: tuple[str, ...] = ()  # checkpoint layouts that load besides transformers' own names, for the support table
+    unsupported: tuple[str, ...] = ()  # what of the published models does not run, for the support table
     takes_reader_projections = False  # whether readers may have `layers.reader` maps of their own
 
     @abstractmethod

@@ -176,6 +176,9 @@ class Block(nn.Module):
 
 
 class Zaya(Model):
+    released_as = ("the legacy schema: attention and experts as layers of their own",)
+    unsupported = ("published FP8 and MXFP4 experts", "owner maps")
+
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
         super().__init__()
         self.config = ZayaConfig.read(config)
