@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
+from kvshare.cache.codecs.deepseek import BlockFloatCodec, hadamard
+from kvshare.cache.step import DenseStep
 from kvshare.layers.hyper_connections import sinkhorn
 from kvshare.layers.indexer import best_rows
 
@@ -133,6 +135,26 @@ def test_native_rows_hold_what_published_rounding_leaves(tmp_path: Path) -> None
     model = load(tmp_path)
     for sizes in ([TOKENS], [17, 1, 3, 1, TOKENS - 22], [1] * TOKENS):
         rounded = chunked(model, ids, sizes)
-        # the two kinds of rows may be added in different orders, and a number on the edge of two steps of the rounding then goes the other way
+        # the two may be added in different orders; a number on the edge of two steps of the rounding then goes the other way
         assert (chunked(model, ids, sizes, precision="native") - rounded).abs().mean() < 1e-4
         assert (rounded - exact).abs().mean() > 0.01
+
+
+def test_published_rounding_is_in_hadamard_space_for_the_indexer_only(tmp_path: Path) -> None:
+    """In the first layer, where both models still have the same inputs."""
+    build(compress_ratios=[4] * 7).save_pretrained(tmp_path)
+    ids = random_ids(BASE["vocab_size"], 1, TOKENS)[0]
+    config = json.loads((tmp_path / "config.json").read_text())
+    kept = []
+    for rounding in ("none", "published"):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "cache_rounding": rounding}))
+        model = load(tmp_path)
+        step = DenseStep(model.layout, [TOKENS])
+        model(ids, step)
+        kept.append({stream.name: step.rows(0, stream.name, 0) for stream in model.layout.layers[0].streams})
+    plain, rounded = kept
+    streams = {stream.name: stream for stream in model.layout.layers[0].streams}
+    for name, rows in {**plain, "index": hadamard(plain["index"])}.items():
+        native = streams[name].native
+        assert native is not None
+        assert torch.equal(rounded[name], BlockFloatCodec(native).rounded(rows))
