@@ -31,7 +31,6 @@ constexpr BlockShape shape_of(BlockType type) {
 struct Activations {
     int8_t* q;     // [k]
     float* scale;  // [k / 32]
-    float* lanes;  // [k / 4] the scale again for each four of its q: what a vector of dot products is multiplied by
     float* sum;    // [k / 32] scale times the sum of 32 q: what a minimum or an offset of the weights is multiplied by
     float* sum16;  // [k / 16] the same for 16
     float* exact;  // [k] the row before rounding, for BF16 weights

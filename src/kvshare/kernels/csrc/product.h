@@ -18,7 +18,6 @@ inline void round_row(const void* x, bool bf16, int64_t begin, int64_t end, int6
         for (int i = 16; i < 32; i++) sums[1] += to.q[start + i];
         const float scale = largest / 127.0f;
         to.scale[start / 32] = scale;
-        for (int i = 0; i < 8; i++) to.lanes[start / 4 + i] = scale;
         to.sum[start / 32] = scale * float(sums[0] + sums[1]);
         for (int h = 0; h < 2; h++) to.sum16[start / 16 + h] = scale * float(sums[h]);
         memcpy(to.exact + start, v, sizeof v);

@@ -88,6 +88,14 @@ struct PairReader<BlockType::Q8_0> {
     }
 };
 
+// Two numbers, each over eight lanes. (An array that holds them so would be read as fast, but crowd long rows out of the first-level cache.)
+inline __m512 two_over_lanes(const float* p) {
+    double both;
+    memcpy(&both, p, 8);
+    const __m512i at = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_permutexvar_ps(at, _mm512_castpd_ps(_mm512_set1_pd(both)));
+}
+
 inline __m512i dot(Bytes w, const int8_t* x) { return _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, _mm512_loadu_si512(x)); }
 
 constexpr int64_t AHEAD = 2048;  // bytes that are asked for before they are needed
@@ -130,7 +138,7 @@ void multiply_pairs(const uint8_t* weights, int64_t count, int64_t k, const Acti
             const auto add = [&](const Pair& w, int64_t block, __m512* to) {
                 for (int r = 0; r < Rows; r++) {
                     const __m512 products = _mm512_cvtepi32_ps(dot(w.q, x[r].q + 32 * block));
-                    to[r] = _mm512_fmadd_ps(_mm512_mul_ps(w.d, _mm512_loadu_ps(x[r].lanes + 8 * block)), products, to[r]);
+                    to[r] = _mm512_fmadd_ps(_mm512_mul_ps(w.d, two_over_lanes(x[r].scale + block)), products, to[r]);
                 }
             };
             const auto add_pair = [&](int64_t block, __m512* to) {

@@ -52,15 +52,15 @@ struct Rounded {
     std::vector<Activations> rows;
 
     void resize(int64_t count, int64_t k) {
-        const int64_t each = k + k / 4 + 2 * (k / 32) + k / 16;
+        const int64_t each = k + 2 * (k / 32) + k / 16;
         q.resize(size_t(count * k) + LINE);
         floats.resize(size_t(count * each) + LINE);
         int8_t* first_q = aligned(q.data());
         float* first_float = aligned(floats.data());
         rows.resize(size_t(count));
         for (int64_t r = 0; r < count; r++) {
-            float *exact = first_float + r * each, *lanes = exact + k, *scale = lanes + k / 4, *sum = scale + k / 32, *sum16 = sum + k / 32;
-            rows[size_t(r)] = {first_q + r * k, scale, lanes, sum, sum16, exact};
+            float *exact = first_float + r * each, *scale = exact + k, *sum = scale + k / 32, *sum16 = sum + k / 32;
+            rows[size_t(r)] = {first_q + r * k, scale, sum, sum16, exact};
         }
     }
 };
