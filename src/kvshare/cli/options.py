@@ -48,6 +48,15 @@ KVLayout = Annotated[
         help="What Gemma 4's layers with keys equal to values store: both, V and the rotated part of K, or V alone.",
     ),
 ]
+Weights = Annotated[
+    Literal["auto", "native", "full", "int8", "int4"],
+    typer.Option(
+        envvar="KVSHARE_WEIGHTS",
+        rich_help_panel="Model",
+        help="native: multiply with the quantized blocks of a GGUF file as they are; full: widen them to --dtype; "
+        "int8, int4: quantize plain weights at load; auto: native where the kernels are built.",
+    ),
+]
 KV_DTYPES = "bf16, fp16, fp32, fp8, int8, int4, rot4, rot3, rot2 (rotated, optimal levels), native (DeepSeek's own)"
 KVDtype = Annotated[
     str | None,
@@ -100,6 +109,7 @@ def load_llm(
     kv_memory: str | None = None,
     kv_layout: str = "plain",
     kv_dtype: str | None = None,
+    weights: str = "auto",
     max_sequences: int = 1,
 ) -> LLM:
     """Load what the command line named, and say on stderr which file that is."""
@@ -111,4 +121,13 @@ def load_llm(
 
     path = locate(model)
     typer.secho(f"{model}: {path}" if str(path) != model else model, err=True, dim=True)
-    return LLM(path, dtype=dtype, max_context=tokens, kv_memory=memory, kv_layout=kv_layout, kv_dtype=kv_dtype, max_sequences=max_sequences)
+    return LLM(
+        path,
+        dtype=dtype,
+        max_context=tokens,
+        kv_memory=memory,
+        kv_layout=kv_layout,
+        kv_dtype=kv_dtype,
+        weights=weights,
+        max_sequences=max_sequences,
+    )

@@ -62,6 +62,7 @@ def serve(
     max_context: options.MaxContext = None,
     kv_memory: options.KVMemory = None,
     kv_layout: options.KVLayout = "plain",
+    weights: options.Weights = "auto",
     kv_dtype: options.KVDtype = None,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API: chat completions, completions, models, and /health.
@@ -78,7 +79,7 @@ def serve(
     sock = listen(host, port)
     local = is_loopback(sock)
     worker = Worker(
-        lambda: options.load_llm(model, dtype, max_context, kv_memory, kv_layout, kv_dtype, max_sequences=max_num_seqs),
+        lambda: options.load_llm(model, dtype, max_context, kv_memory, kv_layout, kv_dtype, weights, max_sequences=max_num_seqs),
         on_loaded=lambda llm: _say(f"{_describe(llm)}\nready: {address_of(sock)}/v1, model {name!r}; Ctrl-C stops it"),
         on_failed=lambda: setattr(server, "should_exit", True),
     )
