@@ -151,7 +151,7 @@ def test_layer_stands_in_for_linear() -> None:
     part = packed("Q8_0", 24, 64)
     bias = torch.randn(24, generator=torch.Generator().manual_seed(1))
     plain = Linear(64, 24, bias=True)
-    plain.weight.data, plain.bias.data = part.dequantize(), bias
+    plain.load_state_dict({"weight": part.dequantize(), "bias": bias})
     quantized, x = QuantizedLinear([part], bias), torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         coarsest = x.abs().amax() / 254 * plain.weight.abs().sum(-1)  # what half a step of the rounding adds up to

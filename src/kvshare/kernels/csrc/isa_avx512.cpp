@@ -14,6 +14,7 @@ namespace avx512 {
 #include "vectors_avx512.h"
 #include "product.h"
 #include "product_avx512.h"
+#include "decode_avx512.h"
 #include "attention.h"
 #include "attention_avx512.h"
 }  // namespace avx512
