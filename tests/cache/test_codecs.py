@@ -98,7 +98,7 @@ def test_rotated_error_is_never_longer_than_the_head(rows: torch.Tensor, name: s
 @pytest.mark.parametrize("width", [64, 96, 128, 256, 512, 576])
 @pytest.mark.parametrize(("bits", "lost"), [(4, 0.009497), (3, 0.03454), (2, 0.1175)])
 def test_rotated_codec_loses_what_theory_says_even_with_outliers(bits: int, lost: float, width: int) -> None:
-    """Max's table gives the loss for a normal variable. Outliers, on which one plain scale fails, lose no more; a constant at most twice."""
+    """Max's table has the loss for a normal variable. Outliers, on which one plain scale fails, lose no more; a constant up to twice."""
     generator = torch.Generator().manual_seed(0)
     plain = torch.randn(400, 1, width, generator=generator)
     outliers = plain.clone()
