@@ -12,6 +12,7 @@ from kvshare.checkpoints import Checkpoint, open_checkpoint
 from kvshare.checkpoints.resolve import locate
 from kvshare.checkpoints.tokenizer import Tokenizer
 from kvshare.demo import sample_text
+from kvshare.doctor.comparison import ROUNDED
 from kvshare.doctor.oracle import oracle_check
 from kvshare.doctor.pages import boundary_check
 from kvshare.doctor.report import Check, Report
@@ -20,6 +21,7 @@ from kvshare.doctor.serving import serving_checks
 from kvshare.engine.llm import LLM, free_memory
 from kvshare.errors import RequestError
 from kvshare.evaluation.perplexity import perplexity
+from kvshare.layers.quantized_linear import QuantizedLinear
 from kvshare.layout import CacheLayout
 
 LEAST_TOKENS, MOST_TOKENS = 128, 1100
@@ -41,14 +43,15 @@ def examine(
 ) -> Report:
     """Prove on the model itself that every way of running it is the same, that no reader writes, and that the plan is the allocation.
 
-    `dtype` "auto" runs the dtype that is served, and then float32 where its weights fit the memory; any other runs alone.
+    `dtype` "auto" runs what is served (quantized blocks as they are), then float32 where its weights fit the memory; another runs alone.
     `text` defaults to `sample_text()`, `num_tokens` to what crosses the model's windows, at most 1,100.
     Raises `RequestError` for a text that is too short, and whatever loading raises; a property that does not hold is a failed check.
     """
     path = locate(where)
     checkpoint = open_checkpoint(path)
     notice("loading the weights")
-    llm = LLM(path, dtype=dtype, kv_layout=kv_layout, max_sequences=4, progress=False)
+    whole = "full" if dtype == "float32" else "auto"  # the exact comparison needs numbers that are not rounded on the way
+    llm = LLM(path, dtype=dtype, weights=whole, kv_layout=kv_layout, max_sequences=4, progress=False)
     ids = text_tokens(llm.tokenizer, llm.layout, text or sample_text(), num_tokens)
     report = Report(llm.origin, len(ids))
     report.checks.append(boundary_check(llm.layout, llm.engine.precision))
@@ -57,7 +60,7 @@ def examine(
     if again:
         del llm
         notice("loading the weights as float32")
-        llm = LLM(path, dtype="float32", kv_layout=kv_layout, max_sequences=4, progress=False)
+        llm = LLM(path, dtype="float32", weights="full", kv_layout=kv_layout, max_sequences=4, progress=False)
         _examine_dtype(report, llm, ids, notice, (checkpoint, path))
     return report
 
@@ -65,6 +68,8 @@ def examine(
 def _examine_dtype(report: Report, llm: LLM, ids: Sequence[int], notice: Notice, oracle: tuple[Checkpoint, Path] | None) -> None:
     """All checks that run the weights; those against transformers where `oracle` says which weights to give it."""
     dtype = str(llm.dtype).removeprefix("torch.")
+    if any(isinstance(module, QuantizedLinear) for module in llm.model.modules()):
+        dtype = ROUNDED
     try:
         notice(f"{dtype}: in one step")
         num_begin = int(ids[0] == llm.tokenizer.bos_id)
@@ -78,7 +83,7 @@ def _examine_dtype(report: Report, llm: LLM, ids: Sequence[int], notice: Notice,
         if oracle is not None:
             report.perplexity = perplexity(llm.model, [ids]).perplexity
             notice(f"{dtype}: transformers")
-            report.checks.append(oracle_check(llm.model, *oracle, ids, ways.reference, llm.dtype))
+            report.checks.append(oracle_check(llm.model, *oracle, ids, ways.reference, llm.dtype, dtype))
     except Exception as error:  # a model that breaks while it runs has failed the examination
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}, line {frame.lineno}"

@@ -27,9 +27,10 @@ class NotComparable(Exception):
     """Why transformers cannot run this checkpoint."""
 
 
-def oracle_check(model: Model, checkpoint: Checkpoint, path: Path, ids: Sequence[int], hidden: Tensor, dtype: torch.dtype) -> Check:
-    """Logits of `model` (by its hidden states [tokens, hidden] of `ids`) against transformers' on the same weights."""
-    dtype_name = str(dtype).removeprefix("torch.")
+def oracle_check(
+    model: Model, checkpoint: Checkpoint, path: Path, ids: Sequence[int], hidden: Tensor, dtype: torch.dtype, dtype_name: str
+) -> Check:
+    """Logits of `model` (by its hidden states [tokens, hidden] of `ids`) against transformers' on the same weights in `dtype`."""
     try:
         with quiet_transformers():
             oracle = load_oracle(checkpoint, path, dtype)
