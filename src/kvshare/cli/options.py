@@ -57,7 +57,7 @@ Weights = Annotated[
         "int8, int4: quantize plain weights at load; auto: native where the kernels are built.",
     ),
 ]
-KV_DTYPES = "bf16, fp16, fp32, fp8, int8, int4, rot4, rot3, rot2 (rotated, optimal levels), native (DeepSeek's own)"
+KV_DTYPES = "bf16, fp16, fp32, fp8, int8, int4, rot8, rot4, rot3, rot2 (rotated), native (DeepSeek's own)"
 KVDtype = Annotated[
     str | None,
     typer.Option(

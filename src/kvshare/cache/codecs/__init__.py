@@ -9,7 +9,7 @@ from torch import Tensor
 from kvshare.cache.codecs.deepseek import BlockFloatCodec
 from kvshare.cache.codecs.grouped import GroupedCodec
 from kvshare.cache.codecs.raw import RawCodec
-from kvshare.cache.codecs.rotated import RotatedCodec
+from kvshare.cache.codecs.rotated import RotatedCodec, RotatedScaledCodec
 from kvshare.cache.codecs.scaled import ScaledCodec
 from kvshare.layout import Precision, Stream
 from kvshare.layout.rows import NATIVE
@@ -34,4 +34,6 @@ def codec_for(precision: Precision, stream: Stream) -> Codec:
         return ScaledCodec(name)
     if name == "int4":
         return GroupedCodec()
+    if name == "rot8":
+        return RotatedScaledCodec()
     return RotatedCodec(precision.bits) if name.startswith("rot") else RawCodec(name)
