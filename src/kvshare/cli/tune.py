@@ -115,20 +115,19 @@ def _print(tuning: Tuning, layout: CacheLayout, model: str) -> None:
     tokens, names = tuning.found.divergence.tokens, list(tuning.uniform)
     console.print(Text(f"{model}: {tokens:,} tokens of text, bytes at {tuning.context:,} tokens", style="bold"))
     console.print(Text("KL from a bf16 cache, nats a token, where one owner alone is stored in each precision:", style="dim"))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("owner", "attention"):
         table.add_column(heading, no_wrap=True)
     for heading in ("readers", *names):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("chosen")
-    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("chosen", no_wrap=True)
     table.add_column("saved", justify="right", no_wrap=True)
     for owner, forms in tuning.owners.items():
         costs = [_nats(forms[name].divergence.kl) for name in names]
         chosen = tuning.chosen[owner]
         size, plain = (owner_bytes(layout, owner, name, tuning.context) for name in (chosen, REFERENCE))
         cells = [str(owner), layout.layers[owner].kind, str(len(layout.readers(owner))), *costs]
-        table.add_row(*cells, chosen, format_bytes(size), format_bytes(plain - size))
+        table.add_row(*cells, chosen, format_bytes(plain - size))
     console.print(table)
     console.print(_whole_caches(tuning))
 

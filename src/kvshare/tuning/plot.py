@@ -25,7 +25,6 @@ def save_plot(tuning: Tuning, layout: CacheLayout, title: str, path: Path) -> No
     """Writes the plot to `path`: squares are full layers, circles all others, numbers the owners' layers."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 5.6), layout="constrained")
     axes = figure.add_subplot()
@@ -49,8 +48,9 @@ def save_plot(tuning: Tuning, layout: CacheLayout, title: str, path: Path) -> No
         fontsize=8,
     )
     axes.set_yscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlim(-0.5, max(len(layout.readers(owner)) for owner in tuning.owners) + 0.5)
+    most = max(len(layout.readers(owner)) for owner in tuning.owners)
+    axes.set_xticks(range(most + 1))
+    axes.set_xlim(-0.5, most + 0.5)
     axes.set_xlabel("layers that read an owner's rows besides itself")
     axes.set_ylabel(f"KL from {REFERENCE}, nats a token, this owner alone encoded")
     axes.grid(which="major", color="#dddddd", linewidth=0.8)
