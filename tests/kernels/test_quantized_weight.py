@@ -13,7 +13,7 @@ from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.gguf_header import BLOCK_TYPES
 from kvshare.kernels.native import ISAS
 from kvshare.kernels.quantized_weight import BLOCK_TYPES as NAMES
-from kvshare.kernels.quantized_weight import QuantizedWeight, reference_matmul, round_activations
+from kvshare.kernels.quantized_weight import ROWS_IN_BLOCKS, QuantizedWeight, reference_matmul, round_activations
 from kvshare.layers.linear import Linear
 from kvshare.layers.quantized_linear import QuantizedLinear
 
@@ -68,7 +68,7 @@ def test_product_equals_twin(name: str, dtype: torch.dtype, isa: str) -> None:
     for width in widths(name):
         part = packed(name, 37, width, seed=width)
         weight = QuantizedWeight([part])
-        for rows in (1, 2, 3, 4, 5, 16):
+        for rows in (1, 2, 3, 4, 5, ROWS_IN_BLOCKS):
             x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
             x[0, :32] = 0  # a group without a scale
             assert_equals_twin(weight.matmul(x), [part], x)

@@ -12,7 +12,7 @@ from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.kernels.native import module
 
 GROUP = 32  # activations that share a scale
-ROWS_IN_BLOCKS = 16  # up to so many rows are multiplied with the blocks themselves; more pay for decoding them
+ROWS_IN_BLOCKS = 6  # up to so many rows are multiplied with the blocks themselves; more pay for decoding them
 PANEL_BYTES = 2 << 20  # of decoded weights: they stay in the second-level caches until they are multiplied
 
 BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -22,9 +22,9 @@ BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 class QuantizedWeight:
     """Matrices of the same width behind one another, each in its own format: [out_features, in_features] as a whole.
 
-    A part is `PackedBlocks`, or a bfloat16 matrix [rows, in_features]. Up to `ROWS_IN_BLOCKS` rows of activations are rounded to
-    8 bits with a scale for every 32 (not for bfloat16 parts) and multiplied with the blocks at the speed of memory. More rows are
-    left as they are, and the weights decoded a panel at a time. Raises `ValueError` for parts that do not fit together.
+    A part is `PackedBlocks`, or a bfloat16 matrix [rows, in_features]. Up to `ROWS_IN_BLOCKS` rows of activations are spelled as two
+    8-bit integers with a scale each for every 32 (not for bfloat16 parts), which is as exact as 16 bits, and multiplied with the
+    blocks at the speed of memory. More rows are left as they are, and the weights decoded a panel at a time. Raises `ValueError` for parts that do not fit together.
     """
 
     def __init__(self, parts: Sequence[PackedBlocks | Tensor]):
@@ -88,11 +88,16 @@ class QuantizedWeight:
 
 
 def round_activations(x: Tensor) -> Tensor:  # [rows, in_features] -> float64, the same shape
-    """What the kernels make of activations: 8-bit integers, to nearest even, times a scale for every 32."""
-    groups = x.float().unflatten(-1, (-1, GROUP))
+    """What the kernels make of activations: 8-bit integers, to nearest even, times a scale for every 32, and what is left once more."""
+    whole = _rounded_once(x.float().unflatten(-1, (-1, GROUP)))
+    left = _rounded_once(x.float().unflatten(-1, (-1, GROUP)) - whole.float())
+    return (whole + left).flatten(-2)
+
+
+def _rounded_once(groups: Tensor) -> Tensor:  # float32 [rows, groups, 32] -> float64
     largest = groups.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0)
-    return (torch.round(groups * inverse).double() * (largest / 127).double()).flatten(-2)
+    return torch.round(groups * inverse).double() * (largest / 127).double()
 
 
 def reference_matmul(parts: Sequence[PackedBlocks | Tensor], x: Tensor) -> Tensor:  # [rows, in_features] -> float64 [rows, out_features]

@@ -45,22 +45,26 @@ T* aligned(T* p) {
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + LINE - 1) / LINE * LINE);
 }
 
-// Buffers for rounded rows, kept by the calling thread between calls.
+// Buffers for rounded rows, kept by the calling thread between calls. A row is the sum of two of 8 bits: itself, and what rounding left of it.
+// Together they are as exact as 16 bits, and where memory is the limit the second costs little: the same weights are in the registers.
 struct Rounded {
     std::vector<int8_t> q;
     std::vector<float> floats;
-    std::vector<Activations> rows;
+    std::vector<Activations> rows;   // [2 count]: each row, and behind it what is left of it
+    std::vector<Activations> exact;  // [count]: each row only, for weights that are multiplied with the row before rounding
 
     void resize(int64_t count, int64_t k) {
         const int64_t each = k + 2 * (k / 32) + k / 16;
-        q.resize(size_t(count * k) + LINE);
-        floats.resize(size_t(count * each) + LINE);
+        q.resize(size_t(2 * count * k) + LINE);
+        floats.resize(size_t(2 * count * each) + LINE);
         int8_t* first_q = aligned(q.data());
         float* first_float = aligned(floats.data());
-        rows.resize(size_t(count));
-        for (int64_t r = 0; r < count; r++) {
-            float *exact = first_float + r * each, *scale = exact + k, *sum = scale + k / 32, *sum16 = sum + k / 32;
-            rows[size_t(r)] = {first_q + r * k, scale, sum, sum16, exact};
+        rows.resize(size_t(2 * count));
+        exact.resize(size_t(count));
+        for (int64_t r = 0; r < 2 * count; r++) {
+            float *numbers = first_float + r * each, *scale = numbers + k, *sum = scale + k / 32, *sum16 = sum + k / 32;
+            rows[size_t(r)] = {first_q + r * k, scale, sum, sum16, numbers};
+            if (r % 2 == 0) exact[size_t(r / 2)] = rows[size_t(r)];
         }
     }
 };
@@ -86,7 +90,7 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, void* out, bool bf
     const int64_t padded = (in_features_ + PADDED - 1) / PADDED * PADDED, unit = 2048;
     rounded.resize(rows, padded);
     work = pieces(begin, end);
-    const Activations* activations = rounded.rows.data();  // a thread_local is another one inside the parallel region
+    const Activations *doubled = rounded.rows.data(), *exact = rounded.exact.data();  // a thread_local is another one inside the parallel region
     const Piece* piece = work.data();
     const int64_t num_pieces = int64_t(work.size()), out_features = end - begin, units = (padded + unit - 1) / unit;
     std::atomic<int64_t> next{0};
@@ -98,16 +102,27 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, void* out, bool bf
         for (int64_t i = 0; i < rows * units; i++) {
             const int64_t r = i / units, from = i % units * unit;
             const auto* row = static_cast<const uint8_t*>(x) + r * in_features_ * (bf16 ? 2 : 4);
-            isa.round(row, bf16, from, std::min(from + unit, padded), in_features_, activations[r]);
+            const int64_t to = std::min(from + unit, padded);
+            const Activations &whole = doubled[2 * r], &left = doubled[2 * r + 1];
+            isa.round(row, bf16, from, to, in_features_, whole);
+            for (int64_t at = from; at < to; at++) left.exact[at] = whole.exact[at] - whole.scale[at / 32] * float(whole.q[at]);
+            isa.round(left.exact, false, from, to, padded, left);
         }
         std::vector<float> sums;
         for (int64_t i = next++; i < num_pieces; i = next++) {
             const Piece& taken = piece[i];
             sums.resize(size_t(MAX_ROWS * taken.count));
-            for (int64_t r = 0; r < rows; r += MAX_ROWS) {
-                const int together = int(std::min(MAX_ROWS, rows - r));
-                isa.multiply(taken.type, taken.rows, taken.count, in_features_, activations + r, together, sums.data(), taken.count);
-                for (int j = 0; j < together; j++) store(sums.data() + j * taken.count, taken.count, out, bf16, (r + j) * out_features + taken.first);
+            const int64_t parts = taken.type == BlockType::BF16 ? 1 : 2;
+            for (int64_t r = 0; r < rows; r += MAX_ROWS / parts) {
+                const int64_t together = std::min(MAX_ROWS / parts, rows - r);
+                const Activations* taken_rows = parts == 1 ? exact + r : doubled + 2 * r;
+                isa.multiply(taken.type, taken.rows, taken.count, in_features_, taken_rows, int(together * parts), sums.data(), taken.count);
+                for (int64_t j = 0; j < together; j++) {
+                    float* y = sums.data() + j * parts * taken.count;
+                    if (parts == 2)
+                        for (int64_t n = 0; n < taken.count; n++) y[n] += y[taken.count + n];
+                    store(y, taken.count, out, bf16, (r + j) * out_features + taken.first);
+                }
             }
         }
     }
