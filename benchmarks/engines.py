@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
-def run_kvshare(model: str, contexts: list[int], decode: int, batch: int, dtype: str) -> list[dict[str, Any]]:
+def run_kvshare(model: str, contexts: list[int], decode: int, batch: int, dtype: str, weights: str = "auto") -> list[dict[str, Any]]:
     import torch
 
     from kvshare import LLM, SamplingParams
 
-    llm = LLM(model, dtype=dtype, max_context=max(contexts) + decode + 8, max_sequences=batch, progress=False)
+    llm = LLM(model, dtype=dtype, weights=weights, max_context=max(contexts) + decode + 8, max_sequences=batch, progress=False)
     params = SamplingParams(temperature=0, max_tokens=decode + 1, ignore_eos=True)
     llm.generate([[5] * 64], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     rows = []
@@ -54,8 +58,39 @@ def run_transformers(model: str, contexts: list[int], decode: int, batch: int, d
             first = time.perf_counter()
             for _ in range(decode):
                 token = lm(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-            held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values) if t is not None}
+            tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+            held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
             rows.append(_row(context, batch, first - begun, time.perf_counter() - first, decode * batch, sum(held.values())))
+    return rows
+
+
+def run_llama_cpp(model: str, contexts: list[int], decode: int, batch: int, dtype: str) -> list[dict[str, Any]]:
+    """`llama-bench`, found on PATH or in LLAMA_BENCH: prompts of each length, then tokens decoded behind each of them."""
+    if batch != 1:
+        raise SystemExit("llama-bench decodes one sequence")
+    program = [
+        os.environ.get("LLAMA_BENCH", "llama-bench"),
+        "-m",
+        model,
+        "-t",
+        os.environ["OMP_NUM_THREADS"],
+        "-r",
+        "2",
+        "-fa",
+        "1",
+        "-o",
+        "json",
+    ]
+    rows = []
+    for context in contexts:
+        speeds = {}
+        for kind, arguments in (
+            ("prefill", ["-p", str(context), "-n", "0"]),
+            ("decode", ["-p", "0", "-n", str(decode), "-d", str(context)]),
+        ):
+            done = subprocess.run([*program, *arguments], capture_output=True, text=True, check=True)
+            speeds[kind] = json.loads(done.stdout)[0]["avg_ts"]
+        rows.append(_row(context, 1, context / speeds["prefill"], decode / speeds["decode"], decode, 0))
     return rows
 
 
@@ -71,8 +106,18 @@ def _row(context: int, batch: int, ttft: float, decode_seconds: float, decoded: 
     }
 
 
-ENGINES = {"kvshare": run_kvshare, "transformers": run_transformers}
+ENGINES: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "kvshare": run_kvshare,
+    "kvshare-bf16": partial(run_kvshare, weights="full"),
+    "kvshare-torch": partial(run_kvshare, weights="full"),  # and without the native kernels
+    "kvshare-int8": partial(run_kvshare, weights="int8"),
+    "kvshare-int4": partial(run_kvshare, weights="int4"),
+    "transformers": run_transformers,
+    "llama.cpp": run_llama_cpp,
+}
 
 if __name__ == "__main__":
+    if sys.argv[1] == "kvshare-torch":
+        os.environ["KVSHARE_KERNELS"] = "0"
     for row in ENGINES[sys.argv[1]](sys.argv[2], **json.loads(sys.argv[3])):
         print(json.dumps(row), flush=True)

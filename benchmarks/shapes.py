@@ -13,7 +13,7 @@ SHAPES = {"gemma-4-e2b": "gemma-4-E2B", "gemma-3n-e2b": "gemma-3n-E2B-it"}
 
 
 def checkpoint(shape: str, where: Path) -> Path:
-    """The directory of `shape`'s random checkpoint below `where`, made if it is not there: weights of standard deviation 0.02, norms near one."""
+    """The directory of `shape`'s checkpoint below `where`, made if it is not there (deviation 0.02, norms near one)."""
     from kvshare.layout.config import text_config
     from kvshare.planner.models import resolve
 

@@ -12,17 +12,14 @@ from kvshare.doctor.report import Check
 
 HEAD_ROWS = 64  # rows of logits that exist at once
 
-ROUNDED = "quantized blocks"
-"""Weights that stay a file's blocks: steps of few rows round their activations to 8 bits, steps of many rows do not."""
-
 FLOAT32_BOUND = 1e-4
 """Largest difference of two logits, as a share of the largest logit: rounding in another order, through all layers."""
 
-TIE_BOUND = {"bfloat16": 2.0**-5, "float16": 2.0**-8, ROUNDED: 2.0**-5}
+TIE_BOUND = {"bfloat16": 2.0**-5, "float16": 2.0**-8}
 """Two tokens whose logits differ by less than this share of the largest logit may swap places: a few units in the last place of the dtype,
 which deep models amplify."""
 
-DIVERGENCE_BOUND = {"bfloat16": 1e-2, "float16": 1e-3, ROUNDED: 5e-2}
+DIVERGENCE_BOUND = {"bfloat16": 1e-2, "float16": 1e-3}
 """Mean KL divergence in nats a token."""
 
 

@@ -12,7 +12,6 @@ from kvshare.checkpoints import Checkpoint, open_checkpoint
 from kvshare.checkpoints.resolve import locate
 from kvshare.checkpoints.tokenizer import Tokenizer
 from kvshare.demo import sample_text
-from kvshare.doctor.comparison import ROUNDED
 from kvshare.doctor.oracle import oracle_check
 from kvshare.doctor.pages import boundary_check
 from kvshare.doctor.report import Check, Report
@@ -21,7 +20,6 @@ from kvshare.doctor.serving import serving_checks
 from kvshare.engine.llm import LLM, free_memory
 from kvshare.errors import RequestError
 from kvshare.evaluation.perplexity import perplexity
-from kvshare.layers.quantized_linear import QuantizedLinear
 from kvshare.layout import CacheLayout
 
 LEAST_TOKENS, MOST_TOKENS = 128, 1100
@@ -68,8 +66,6 @@ def examine(
 def _examine_dtype(report: Report, llm: LLM, ids: Sequence[int], notice: Notice, oracle: tuple[Checkpoint, Path] | None) -> None:
     """All checks that run the weights; those against transformers where `oracle` says which weights to give it."""
     dtype = str(llm.dtype).removeprefix("torch.")
-    if any(isinstance(module, QuantizedLinear) for module in llm.model.modules()):
-        dtype = ROUNDED
     try:
         notice(f"{dtype}: in one step")
         num_begin = int(ids[0] == llm.tokenizer.bos_id)

@@ -24,7 +24,8 @@ class QuantizedWeight:
 
     A part is `PackedBlocks`, or a bfloat16 matrix [rows, in_features]. Up to `ROWS_IN_BLOCKS` rows of activations are spelled as two
     8-bit integers with a scale each for every 32 (not for bfloat16 parts), which is as exact as 16 bits, and multiplied with the
-    blocks at the speed of memory. More rows are left as they are, and the weights decoded a panel at a time. Raises `ValueError` for parts that do not fit together.
+    blocks at the speed of memory. More rows are left as they are, and the weights decoded a panel at a time.
+    Raises `ValueError` for parts that do not fit together.
     """
 
     def __init__(self, parts: Sequence[PackedBlocks | Tensor]):
