@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvshare.layers.few_rows import FewRowsProduct
+
 
 class Embedding(nn.Module):
     """One row for each token of the vocabulary."""
@@ -13,10 +15,12 @@ class Embedding(nn.Module):
     def __init__(self, entries: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(entries, width))  # [entries, width]
+        self._few_rows = FewRowsProduct()
 
     def forward(self, tokens: Tensor) -> Tensor:  # [tokens] -> [tokens, width]
         return F.embedding(tokens, self.weight)
 
     def scores(self, hidden: Tensor) -> Tensor:  # [rows, width] -> [rows, entries]
         """The product with every row: the head of a model that ties it to its embedding."""
-        return F.linear(hidden, self.weight)
+        native = self._few_rows.of(self.weight, hidden)
+        return F.linear(hidden, self.weight) if native is None else native.matmul(hidden.float())

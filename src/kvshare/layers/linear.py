@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvshare.layers.few_rows import FewRowsProduct
+
 
 class Linear(nn.Module):
     """y = x Wᵀ (+ b). Several projections of the same input lie behind one another in one weight, so that one product computes them all."""
@@ -15,10 +17,16 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))  # [out_features, in_features]
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self._few_rows = FewRowsProduct()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
-        return F.linear(x, self.weight, self.bias)
+        return self.part(x, 0, self.out_features)
 
     def part(self, x: Tensor, start: int, end: int) -> Tensor:  # [..., in_features] -> [..., end - start]
         """Only outputs `start:end`: one of the projections that lie together."""
-        return F.linear(x, self.weight[start:end], None if self.bias is None else self.bias[start:end])
+        bias = None if self.bias is None else self.bias[start:end]
+        native = self._few_rows.of(self.weight, x)
+        if native is None:
+            return F.linear(x, self.weight[start:end], bias)
+        out = native.matmul(x.reshape(-1, x.shape[-1]), start, end).view(*x.shape[:-1], end - start)
+        return out if bias is None else out.add_(bias)
