@@ -16,7 +16,7 @@ _EXPORTS = {
     "plan": "kvshare.planner",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = ["LLM", "CacheLayout", "KVShareError", "SamplingParams", "__version__", "layout_from_config", "plan"]
 
 
 def __getattr__(name: str) -> Any:
