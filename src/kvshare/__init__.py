@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvshare.engine.llm import LLM
+    from kvshare.engine.sampling import SamplingParams
+    from kvshare.errors import KVShareError
+    from kvshare.layout import CacheLayout, layout_from_config
+    from kvshare.planner import plan
 
 __version__ = "0.1.0"
 
