@@ -82,7 +82,7 @@ def test_layers_behind_the_last_owner_run_on_kept_rows_only(monkeypatch: pytest.
 def test_every_way_of_running_gives_the_same_logits(way: str) -> None:
     model, ids = tiny.model(), random_ids(tiny.VOCAB, 3, 53)
     reference = WAYS["one shot"](model, ids)
-    assert (WAYS[way](model, ids) - reference).abs().max() < 1e-5
+    assert (WAYS[way](model, ids) - reference).abs().max() < 5e-5  # float32 is 1e-5 from float64 here
 
 
 def test_a_chunk_holds_its_window_and_itself_but_not_the_prompt() -> None:

@@ -23,7 +23,6 @@ from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.activations import swiglu
-from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts, expert_sources, stacked
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.indexer import select_rows
@@ -32,7 +31,7 @@ from kvshare.layers.norm import RMSNorm
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies, yarn_magnitude
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
-from kvshare.models.model import Model
+from kvshare.models.decoder import Decoder
 
 _LATENT_EPS = 1e-6  # of the norms inside attention, whatever the config says
 
@@ -223,17 +222,14 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), rotation, step
 
 
-class DeepseekV3(Model):
+class DeepseekV3(Decoder):
     unsupported = ("multi-token prediction (its tensors are not read)", "owner maps")
 
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
-        super().__init__()
-        self.config = DeepseekV3Config.read(config)
-        self.layout, self.vocab_size = layout, self.config.vocab_size
-        self.embedding = Embedding(self.vocab_size, self.config.hidden_size)
+        read = DeepseekV3Config.read(config)
+        super().__init__(layout, read.vocab_size, read.hidden_size, read.eps, read.tied)
+        self.config = read
         self.blocks = nn.ModuleList(Block(self.config, index) for index in range(len(layout.layers)))
-        self.norm = RMSNorm(self.config.hidden_size, self.config.eps)
-        self.head = None if self.config.tied else Linear(self.config.hidden_size, self.vocab_size)
         self.keep_float32 = frozenset(name for name in self.state_dict() if name.endswith(".correction"))
 
     def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
@@ -245,13 +241,8 @@ class DeepseekV3(Model):
                 break
         return self.norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        return self.embedding.scores(hidden) if self.head is None else self.head(hidden)
-
     def weight_sources(self) -> dict[str, Source]:
-        sources = {"embedding.weight": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
-        if self.head is not None:
-            sources["head.weight"] = Source(("lm_head.weight",))
+        sources = self.base_sources()
         for name, _ in self.blocks.named_parameters():
             index, part = name.split(".", 1)
             layer = f"model.layers.{index}"

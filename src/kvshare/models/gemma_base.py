@@ -12,15 +12,12 @@ from torch import Tensor, nn
 from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
-from kvshare.layers.embedding import Embedding
-from kvshare.layers.linear import Linear
-from kvshare.layers.norm import RMSNorm
 from kvshare.layers.per_layer_embedding import PerLayerInputs, scaled
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
+from kvshare.models.decoder import Decoder
 from kvshare.models.gemma_attention import Attention
-from kvshare.models.model import Model
 
 _LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0
 
@@ -60,20 +57,17 @@ def check_activation(fields: Fields) -> None:
         raise ConfigError("hidden_activation", f"{name!r}: Gemma models run with gelu_pytorch_tanh only")
 
 
-class GemmaModel(Model):
-    """Embedding, final norm and head; families add their blocks."""
+class GemmaModel(Decoder):
+    """A decoder whose embedding is scaled and whose logits are capped; families add their blocks."""
 
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout, norm_offset: float = 0.0):
-        super().__init__()
         fields = Fields(config)
         check_activation(fields)
-        self.layout, self.vocab_size = layout, fields.integer("vocab_size")
-        self.hidden_size = fields.integer("hidden_size")
+        vocab_size, hidden_size, tied = fields.integer("vocab_size"), fields.integer("hidden_size"), fields.get("tie_word_embeddings", True)
+        super().__init__(layout, vocab_size, hidden_size, float(fields.get("rms_norm_eps", 1e-6)), bool(tied), norm_offset)
+        self.hidden_size = hidden_size
         cap = fields.get("final_logit_softcapping")
         self.softcap = None if cap is None else float(cap)
-        self.embedding = Embedding(self.vocab_size, self.hidden_size)
-        self.norm = RMSNorm(self.hidden_size, float(fields.get("rms_norm_eps", 1e-6)), offset=norm_offset)
-        self.head = None if fields.get("tie_word_embeddings", True) else Linear(self.hidden_size, self.vocab_size)
         rope = rope_by_kind(fields)
         widths = {layer.kind: layout.streams_of(index)[0].width for index, layer in enumerate(layout.layers)}
         self.frequencies: dict[str, Frequencies] = {kind: frequencies(rope[kind], width) for kind, width in widths.items()}
@@ -86,15 +80,8 @@ class GemmaModel(Model):
         return Context(step, {kind: table.at(step.positions, dtype) for kind, table in self.frequencies.items()}, inputs)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        scores = self.embedding.scores(hidden) if self.head is None else self.head(hidden)
+        scores = super().logits(hidden)
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
-
-    def base_sources(self) -> dict[str, Source]:
-        """Where the parameters outside the blocks come from."""
-        sources = {"embedding.weight": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
-        if self.head is not None:
-            sources["head.weight"] = Source(("lm_head.weight",))
-        return sources
 
 
 def per_layer_sources() -> dict[str, Source]:

@@ -19,7 +19,6 @@ from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.activations import swiglu
-from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts, expert_sources
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.linear import Linear
@@ -27,7 +26,7 @@ from kvshare.layers.norm import RMSNorm
 from kvshare.layers.rotary import Rotation, frequencies
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
-from kvshare.models.model import Model
+from kvshare.models.decoder import Decoder
 
 _DEFAULT_ROPE: Mapping[str, Mapping[str, Any]] = {
     "full_attention": {"rope_type": "default", "rope_theta": 500_000.0, "partial_rotary_factor": 0.5},
@@ -188,18 +187,15 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), rotations, step
 
 
-class Laguna(Model):
+class Laguna(Decoder):
     released_as = ("experts one by one, as published",)
     unsupported = ("published FP8 and NVFP4 weights", "projections of readers in owner maps")
 
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
-        super().__init__()
-        self.config = LagunaConfig.read(config)
-        self.layout, self.vocab_size = layout, self.config.vocab_size
-        self.embedding = Embedding(self.vocab_size, self.config.hidden_size)
+        read = LagunaConfig.read(config)
+        super().__init__(layout, read.vocab_size, read.hidden_size, read.eps, read.tied)
+        self.config = read
         self.blocks = nn.ModuleList(Block(self.config, layout, index) for index in range(len(layout.layers)))
-        self.norm = RMSNorm(self.config.hidden_size, self.config.eps)
-        self.head = None if self.config.tied else Linear(self.config.hidden_size, self.vocab_size)
         self.frequencies = {
             layer_type: frequencies(self.config.rope[layer_type], self.config.head_dim) for layer_type in set(self.config.layer_types)
         }
@@ -214,13 +210,8 @@ class Laguna(Model):
                 break
         return self.norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        return self.embedding.scores(hidden) if self.head is None else self.head(hidden)
-
     def weight_sources(self) -> dict[str, Source]:
-        sources = {"embedding.weight": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
-        if self.head is not None:
-            sources["head.weight"] = Source(("lm_head.weight",))
+        sources = self.base_sources()
         for name, _ in self.blocks.named_parameters():
             index, part = name.split(".", 1)
             module, kind = part.rsplit(".", 1)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.layers.activations import swiglu
-from kvshare.layers.embedding import Embedding
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
@@ -20,7 +19,7 @@ from kvshare.layers.rotary import Rotation, frequencies
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
 from kvshare.layout.rules.sharing import reader_projections
-from kvshare.models.model import Model
+from kvshare.models.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +118,15 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), rotation, step
 
 
-class Llama(Model):
+class Llama(Decoder):
     unsupported = ("mixtures of experts",)
     takes_reader_projections = True
 
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout):
-        super().__init__()
-        self.config = LlamaConfig.read(config)
-        self.layout, self.vocab_size = layout, self.config.vocab_size
-        self.embedding = Embedding(self.vocab_size, self.config.hidden_size)
+        read = LlamaConfig.read(config)
+        super().__init__(layout, read.vocab_size, read.hidden_size, read.eps, read.tied)
+        self.config = read
         self.blocks = nn.ModuleList(Block(self.config, layout, index) for index in range(len(layout.layers)))
-        self.norm = RMSNorm(self.config.hidden_size, self.config.eps)
-        self.head = None if self.config.tied else Linear(self.config.hidden_size, self.vocab_size)
         self.frequencies = frequencies(self.config.rope, self.config.head_dim)
 
     def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
@@ -142,13 +138,8 @@ class Llama(Model):
                 break
         return self.norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        return self.embedding.scores(hidden) if self.head is None else self.head(hidden)
-
     def weight_sources(self) -> dict[str, Source]:
-        sources = {"embedding.weight": Source(("model.embed_tokens.weight",)), "norm.weight": Source(("model.norm.weight",))}
-        if self.head is not None:
-            sources["head.weight"] = Source(("lm_head.weight",))
+        sources = self.base_sources()
         for name, _ in self.blocks.named_parameters():
             index, part = name.split(".", 1)
             module, kind = part.rsplit(".", 1)
