@@ -197,9 +197,9 @@ def _checked(cursor: _Cursor, name: str, shape: tuple[int, ...], type_number: in
 
 
 def _type_name(type_number: int) -> str:
-    from gguf import GGMLQuantizationType
-
     try:
+        from gguf import GGMLQuantizationType
+
         return GGMLQuantizationType(type_number).name
-    except ValueError:
-        return f"the unknown type {type_number}"
+    except (ImportError, ValueError):
+        return f"type {type_number}"
