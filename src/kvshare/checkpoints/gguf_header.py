@@ -197,9 +197,9 @@ def _checked(cursor: _Cursor, name: str, shape: tuple[int, ...], type_number: in
 
 
 def _type_name(type_number: int) -> str:
-    try:
+    try:  # the package knows more names than load here; it need not be installed
         from gguf import GGMLQuantizationType
 
         return GGMLQuantizationType(type_number).name
     except (ImportError, ValueError):
-        return f"type {type_number}"
+        return f"the unknown type {type_number}"
