@@ -212,7 +212,7 @@ def test_updates_joined_are_the_text() -> None:
 
 def test_cancel_frees_pages_at_once_queued_or_running() -> None:
     run = engine(max_sequences=1)
-    running, queued = (run.add(prompt(seed, 50), SamplingParams(max_tokens=50)) for seed in range(2))
+    running, queued = (run.add(prompt(seed, 50), SamplingParams(max_tokens=50, **GREEDY)) for seed in range(2))
     for _ in range(6):
         run.step()
     for request_id in (queued, running):
