@@ -9,14 +9,13 @@
 #include <tuple>
 
 #include "kernels.h"
-#include "paged_attention.h"
 #include "quantized_weight.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace kvshare;
 
-static const Isa* active = best_isa();
+void bind_paged_attention(nb::module_& m);
 
 template <typename T>
 static T* at(uintptr_t address) {
@@ -35,12 +34,8 @@ NB_MODULE(_kernels, m) {
         .value("Q5_K", BlockType::Q5_K)
         .value("Q6_K", BlockType::Q6_K);
 
-    m.def("isa", [] { return active->name; });
-    m.def("use_isa", [](const char* name) {
-        const Isa* isa = isa_named(name);
-        if (isa) active = isa;
-        return isa != nullptr;
-    });
+    m.def("isa", [] { return active_isa().name; });
+    m.def("use_isa", [](const char* name) { return use_isa(name); });
     m.def("num_threads", [] {  // that a parallel region of this module gets
         int count = 0;
 #pragma omp parallel
@@ -61,27 +56,11 @@ NB_MODULE(_kernels, m) {
         .def("multiply",
              [](const QuantizedWeight& self, uintptr_t x, uintptr_t out, bool bf16, int64_t rows, int64_t begin, int64_t end) {
                  nb::gil_scoped_release released;
-                 self.multiply(*active, at<const void>(x), at<void>(out), bf16, rows, begin, end);
+                 self.multiply(active_isa(), at<const void>(x), at<void>(out), bf16, rows, begin, end);
              })
         .def("decode", [](const QuantizedWeight& self, int64_t begin, int64_t end, uintptr_t to, bool bf16) {
             nb::gil_scoped_release released;
-            self.decode(*active, begin, end, at<void>(to), bf16);
+            self.decode(active_isa(), begin, end, at<void>(to), bf16);
         });
-
-    nb::class_<PagedAttention>(m, "PagedAttention")
-        .def("__init__",
-             [](PagedAttention* self, uintptr_t arena, int64_t page_bytes, std::tuple<int64_t, int64_t, int> k, std::tuple<int64_t, int64_t, int> v, int kv_heads,
-                bool bf16) {
-                 new (self) PagedAttention(at<const uint8_t>(arena), page_bytes, {std::get<0>(k), std::get<1>(k), std::get<2>(k)},
-                                           {std::get<0>(v), std::get<1>(v), std::get<2>(v)}, kv_heads, bf16);
-             }, "arena"_a, "page_bytes"_a, "k"_a, "v"_a, "kv_heads"_a, "bf16"_a)
-        .def("attend",
-             [](const PagedAttention& self, uintptr_t q, uintptr_t out, int query_heads,
-                const std::vector<std::tuple<int64_t, int64_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t>>& queries, float scale, float softcap, uintptr_t sinks) {
-                 std::vector<Query> all;
-                 for (const auto& [row, first, end, k, k_first, v, v_first] : queries)
-                     all.push_back({row, first, end, at<const int32_t>(k), k_first, at<const int32_t>(v), v_first});
-                 nb::gil_scoped_release released;
-                 self.attend(*active, at<const void>(q), at<void>(out), query_heads, all, scale, softcap, at<const float>(sinks));
-             });
+    bind_paged_attention(m);
 }

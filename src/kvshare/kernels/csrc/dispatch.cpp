@@ -35,4 +35,14 @@ const Isa* best_isa() {
     return &isa_plain;
 }
 
+static const Isa* active = best_isa();
+
+const Isa& active_isa() { return *active; }
+
+bool use_isa(const char* name) {
+    const Isa* isa = isa_named(name);
+    if (isa) active = isa;
+    return isa != nullptr;
+}
+
 }  // namespace kvshare

@@ -15,8 +15,9 @@ namespace avx512 {
 #include "product.h"
 #include "product_avx512.h"
 #include "decode_avx512.h"
+#include "row_decode.h"
 #include "attention.h"
 #include "attention_avx512.h"
 }  // namespace avx512
-const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_avx512, avx512::attend_bf16, avx512::attend_rows<float>};
+const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::attend_bf16, avx512::attend_rows<float>};
 }  // namespace kvshare

@@ -7,7 +7,8 @@ namespace kvshare {
 namespace plain {
 #include "blocks.h"
 #include "product.h"
+#include "row_decode.h"
 #include "attention.h"
 }  // namespace plain
-const Isa isa_plain = {"plain", plain::round_row, plain::multiply_rows, plain::decode_rows, plain::attend_rows<uint16_t>, plain::attend_rows<float>};
+const Isa isa_plain = {"plain", plain::round_row, plain::multiply_rows, plain::decode_rows, plain::decode_heads, plain::attend_rows<uint16_t>, plain::attend_rows<float>};
 }  // namespace kvshare

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "row_form.h"
+
 namespace kvshare {
 
 // How the rows of a weight are spelled: the block formats of GGUF, and plain bfloat16.
@@ -65,6 +67,8 @@ struct Isa {
     void (*multiply)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride);
     // `count` rows of weights as numbers: to[count, k], bfloat16 or float32.
     void (*decode)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, void* to, bool bf16);
+    // Heads of cached rows as numbers: to[r * stride + i] is number i < width of the head at heads[r], bfloat16 or float32; rotated ones stay rotated.
+    void (*decode_heads)(RowKind kind, int width, const uint8_t* const* heads, int count, void* to, int64_t stride, bool bf16);
     void (*attend_bf16)(const AttendRows& rows, const AttendState& state);
     void (*attend_fp32)(const AttendRows& rows, const AttendState& state);
 };
@@ -76,5 +80,7 @@ extern const Isa isa_avx2, isa_avx512;
 #endif
 const Isa* isa_named(const char* name);  // nullptr: unknown, or this processor lacks it
 const Isa* best_isa();
+const Isa& active_isa();  // that Python chose with `use_isa`; the best one before
+bool use_isa(const char* name);
 
 }  // namespace kvshare

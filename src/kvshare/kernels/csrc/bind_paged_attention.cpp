@@ -1,0 +1,61 @@
+// Attention over pages, and the rows of pages as numbers, as Python sees them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <tuple>
+
+#include "kernels.h"
+#include "paged_attention.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace kvshare;
+
+template <typename T>
+static T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void bind_paged_attention(nb::module_& m) {
+    nb::enum_<RowKind>(m, "RowKind")
+        .value("BF16", RowKind::BF16)
+        .value("FP32", RowKind::FP32)
+        .value("INT8", RowKind::INT8)
+        .value("FP8", RowKind::FP8)
+        .value("INT4", RowKind::INT4)
+        .value("LEVELS4", RowKind::LEVELS4)
+        .value("LEVELS3", RowKind::LEVELS3)
+        .value("LEVELS2", RowKind::LEVELS2);
+
+    // [count, heads] heads of `width` numbers, each row `row_bytes` behind the one before, as numbers to[count, heads, width]
+    m.def("decode_rows", [](RowKind kind, uintptr_t rows, int64_t row_bytes, int64_t count, int heads, int width, uintptr_t to, bool bf16) {
+        nb::gil_scoped_release released;
+        const Isa& isa = active_isa();
+        const int64_t size = bf16 ? 2 : 4;
+#pragma omp parallel for schedule(static) if (count * row_bytes > 1 << 16)
+        for (int64_t row = 0; row < count; row++) {
+            for (int head = 0; head < heads; head++) {
+                const uint8_t* from = at<const uint8_t>(rows) + row * row_bytes + head * head_bytes(kind, width);
+                isa.decode_heads(kind, width, &from, 1, at<uint8_t>(to) + (row * heads + head) * width * size, width, bf16);
+            }
+        }
+    });
+
+    nb::class_<PagedAttention>(m, "PagedAttention")
+        .def("__init__",
+             [](PagedAttention* self, uintptr_t arena, int64_t page_bytes, std::tuple<int64_t, int64_t, int> k, std::tuple<int64_t, int64_t, int> v, int kv_heads,
+                bool bf16) {
+                 new (self) PagedAttention(at<const uint8_t>(arena), page_bytes, {std::get<0>(k), std::get<1>(k), std::get<2>(k)},
+                                           {std::get<0>(v), std::get<1>(v), std::get<2>(v)}, kv_heads, bf16);
+             }, "arena"_a, "page_bytes"_a, "k"_a, "v"_a, "kv_heads"_a, "bf16"_a)
+        .def("attend",
+             [](const PagedAttention& self, uintptr_t q, uintptr_t out, int query_heads,
+                const std::vector<std::tuple<int64_t, int64_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t>>& queries, float scale, float softcap, uintptr_t sinks) {
+                 std::vector<Query> all;
+                 for (const auto& [row, first, end, k, k_first, v, v_first] : queries)
+                     all.push_back({row, first, end, at<const int32_t>(k), k_first, at<const int32_t>(v), v_first});
+                 nb::gil_scoped_release released;
+                 self.attend(active_isa(), at<const void>(q), at<void>(out), query_heads, all, scale, softcap, at<const float>(sinks));
+             });
+}

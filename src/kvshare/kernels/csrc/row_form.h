@@ -1,0 +1,48 @@
+// How the rows of a cache are spelled: what kvshare.cache.codecs writes, head by head.
+#pragma once
+#include <cstdint>
+
+namespace kvshare {
+
+// BF16 and FP32: plain numbers. INT8 and FP8: codes, then one float16 scale. INT4: codes, then a float16 scale for every 32, then as many minima.
+// LEVELS*: codes of 4, 3 or 2 bits that stand for the levels below, then one float16 scale. A head may begin at any address.
+enum class RowKind : int { BF16, FP32, INT8, FP8, INT4, LEVELS4, LEVELS3, LEVELS2 };
+
+constexpr int INT4_GROUP = 32;
+
+constexpr int bits_of(RowKind kind) {
+    switch (kind) {
+        case RowKind::FP32: return 32;
+        case RowKind::BF16: return 16;
+        case RowKind::INT8:
+        case RowKind::FP8: return 8;
+        case RowKind::INT4:
+        case RowKind::LEVELS4: return 4;
+        case RowKind::LEVELS3: return 3;
+        case RowKind::LEVELS2: return 2;
+    }
+    return 0;
+}
+
+constexpr bool is_plain(RowKind kind) { return kind == RowKind::BF16 || kind == RowKind::FP32; }
+
+constexpr int64_t code_bytes(RowKind kind, int width) { return (int64_t(width) * bits_of(kind) + 7) / 8; }
+
+constexpr int groups_of(int width) { return (width + INT4_GROUP - 1) / INT4_GROUP; }
+
+constexpr int64_t head_bytes(RowKind kind, int width) {
+    return code_bytes(kind, width) + (is_plain(kind) ? 0 : kind == RowKind::INT4 ? 4 * groups_of(width) : 2);
+}
+
+// The levels of LEVELS4, LEVELS3 and LEVELS2, those above zero (Max 1960, table I); code c is -levels[half - 1 - c], or levels[c - half] from `half` on.
+constexpr float LEVELS_4_BITS[] = {0.128395f, 0.388048f, 0.656759f, 0.942340f, 1.256231f, 1.618046f, 2.069017f, 2.732590f};
+constexpr float LEVELS_3_BITS[] = {0.245094f, 0.756005f, 1.343909f, 2.151946f};
+constexpr float LEVELS_2_BITS[] = {0.452780f, 1.510418f};
+
+constexpr float level(RowKind kind, int code) {
+    const float* positive = kind == RowKind::LEVELS4 ? LEVELS_4_BITS : kind == RowKind::LEVELS3 ? LEVELS_3_BITS : LEVELS_2_BITS;
+    const int half = 1 << (bits_of(kind) - 1);
+    return code < half ? -positive[half - 1 - code] : positive[code - half];
+}
+
+}  // namespace kvshare

@@ -1,0 +1,63 @@
+"""The kernels read the bytes that the codecs write, in every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kvshare import kernels
+from kvshare.cache.codecs import codec_for
+from kvshare.cache.codecs.rotated import _rotate
+from kvshare.kernels.native import ISAS
+from kvshare.kernels.row_kind import decode_rows, row_kind
+from kvshare.layout import Stream
+from kvshare.layout.rows import precision_named
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
+
+CODECS = ("bf16", "fp32", "int8", "fp8", "int4", "rot8", "rot4", "rot3", "rot2")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kernels.use_isa(request.param) as has:
+        if not has:
+            pytest.skip(f"this processor has no {request.param}")
+        yield request.param
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize(("heads", "width"), [(1, 512), (3, 64), (2, 96), (1, 40), (5, 7)])
+def test_numbers_equal_the_codecs(name: str, heads: int, width: int, isa: str) -> None:
+    generator = torch.Generator().manual_seed(width)
+    given = torch.randn(21, heads, width, generator=generator) * torch.logspace(-6, 4, 21)[:, None, None]
+    given[3] = 0
+    codec = codec_for(precision_named(name), Stream("k", heads, width))
+    kind = row_kind(codec)
+    assert kind is not None
+    encoded = codec.encode(given)
+    padded = torch.full((len(encoded), encoded.shape[1] + 5), 0xFF, dtype=torch.uint8)
+    padded[:, : encoded.shape[1]] = encoded
+    wanted = codec.decode(encoded, heads, width).float()
+    wanted = _rotate(wanted) if kind.rotated else wanted
+    largest = wanted.abs().amax(-1, keepdim=True)
+    for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 2.0**-8)):
+        got = decode_rows(padded[:, : encoded.shape[1]], kind, heads, width, dtype).float()
+        assert ((got - wanted).abs() <= bound * largest).all()
+        if not kind.rotated:
+            assert torch.equal(got, wanted.to(dtype).float())
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_what_is_not_a_number_stays_that(name: str, isa: str) -> None:
+    given = torch.randn(4, 2, 64)
+    given[1, 1, 5] = torch.nan
+    codec = codec_for(precision_named(name), Stream("k", 2, 64))
+    kind = row_kind(codec)
+    assert kind is not None
+    got = decode_rows(codec.encode(given), kind, 2, 64, torch.float32)
+    assert got[1, 1].isnan().any()
+    assert not got[[0, 2, 3]].isnan().any()
+    assert not got[1, 0].isnan().any()
