@@ -12,6 +12,7 @@ from kvshare.cache.codecs import Codec, codec_for
 from kvshare.cache.native_attention import NativeAttention, keys_and_values
 from kvshare.cache.step import KeyRebuild, Step, state_named
 from kvshare.cache.tables import SequenceCache
+from kvshare.cache.tiled_attention import TiledAttention
 from kvshare.kernels.paged_attention import Query
 from kvshare.layout import CacheLayout, PrecisionChoice, Stream
 
@@ -31,6 +32,7 @@ class PagedCache:
                 self.codecs[owner, stream.name] = codec_for(form, stream)
                 self.row_bytes[owner, stream.name] = stream.row_bytes(form)
         self.native_attention = NativeAttention(layout, self.codecs)
+        self.tiled_attention = TiledAttention(layout, self.codecs)
         self.read_again = frozenset(owner for owner in layout.owners if layout.readers(owner))
         self.state_places: dict[tuple[int, str], list[tuple[int, int, int]]] = {}  # (which state page, first byte, end), in order
         start = 0
@@ -67,22 +69,29 @@ class PagedStep(Step):
         entries: Tensor | None = None,
         rebuild: KeyRebuild | None = None,
     ) -> Tensor:
-        """In one call for all sequences with a single query, where a kernel can read the owner's pages; for the others as in `Step`."""
-        owner = self.layout.owner[layer]
-        kernel = self.cache.native_attention.of(owner, self.caches[0].arena)
-        streams = keys_and_values(self.layout.layers[owner])
-        if kernel is None or streams is None or q.dtype != kernel.dtype or not any(span.count == 1 for span in self.spans):
+        """Where kernels can read the owner's pages, in one call for all sequences with a single query and in one for all others."""
+        owner, arena = self.layout.owner[layer], self.caches[0].arena
+        single, streams = self.cache.native_attention.of(owner, arena), keys_and_values(self.layout.layers[owner])
+        many = self.cache.tiled_attention.of(owner, arena) if q.dtype == torch.bfloat16 else None
+        if single is not None and single.dtype != q.dtype:
+            single = None
+        if single is None and many is None:
             return super().attend(layer, q, scale=scale, softcap=softcap, sinks=sinks, entries=entries, rebuild=rebuild)
-        out = q.new_empty(*q.shape[:2], kernel.value_width)
-        queries = []
+        out = q.new_empty(*q.shape[:2], self.layout.layers[owner].value_width)
+        queries, spans = [], []
         for sequence, span in enumerate(self.spans):
-            if span.count == 1:
-                tables = self.caches[sequence].tables
+            tables = self.caches[sequence].tables
+            if many is not None and span.count and many.takes(span.count, q.shape[1], entries):
+                spans.append(many.span(span.start, span.count, tables, entries))
+            elif single is not None and streams is not None and span.count == 1:
                 first, _ = self._live(streams[0], span.first, sequence)
                 queries.append(Query(span.start, first, span.last + 1, tables[owner, streams[0].name], tables[owner, streams[1].name]))
             elif span.count:
                 out[span.start : span.end] = self._attend_sequence(owner, sequence, q, scale, softcap, sinks, entries, rebuild)
-        kernel.attend(q, out, queries, scale=scale, softcap=softcap, sinks=sinks)
+        if single is not None and queries:
+            single.attend(q, out, queries, scale=scale, softcap=softcap, sinks=sinks)
+        if many is not None and spans:
+            many.kernel.attend(q, out, self.positions, spans, scale=scale, softcap=softcap, sinks=sinks)
         return out
 
     def _write(self, layer: int, stream: Stream, sequence: int, first: int, values: Tensor) -> None:

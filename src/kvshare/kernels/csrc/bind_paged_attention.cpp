@@ -28,6 +28,8 @@ void bind_paged_attention(nb::module_& m) {
         .value("LEVELS3", RowKind::LEVELS3)
         .value("LEVELS2", RowKind::LEVELS2);
 
+    m.def("head_bytes", [](RowKind kind, int width) { return head_bytes(kind, width); });
+
     // [count, heads] heads of `width` numbers, each row `row_bytes` behind the one before, as numbers to[count, heads, width]
     m.def("decode_rows", [](RowKind kind, uintptr_t rows, int64_t row_bytes, int64_t count, int heads, int width, uintptr_t to, bool bf16) {
         nb::gil_scoped_release released;

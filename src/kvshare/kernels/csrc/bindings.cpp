@@ -16,6 +16,7 @@ using namespace nb::literals;
 using namespace kvshare;
 
 void bind_paged_attention(nb::module_& m);
+void bind_tile_attention(nb::module_& m);
 
 template <typename T>
 static T* at(uintptr_t address) {
@@ -63,4 +64,5 @@ NB_MODULE(_kernels, m) {
             self.decode(active_isa(), begin, end, at<void>(to), bf16);
         });
     bind_paged_attention(m);
+    bind_tile_attention(m);
 }

@@ -18,6 +18,8 @@ namespace avx512 {
 #include "row_decode.h"
 #include "attention.h"
 #include "attention_avx512.h"
+#include "lanes_avx512.h"
+#include "tile_kernel.h"
 }  // namespace avx512
-const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::attend_bf16, avx512::attend_rows<float>};
+const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::attend_bf16, avx512::attend_rows<float>, avx512::tile_kernel};
 }  // namespace kvshare

@@ -9,6 +9,8 @@ namespace plain {
 #include "product.h"
 #include "row_decode.h"
 #include "attention.h"
+#include "lanes_plain.h"
+#include "tile_kernel.h"
 }  // namespace plain
-const Isa isa_plain = {"plain", plain::round_row, plain::multiply_rows, plain::decode_rows, plain::decode_heads, plain::attend_rows<uint16_t>, plain::attend_rows<float>};
+const Isa isa_plain = {"plain", plain::round_row, plain::multiply_rows, plain::decode_rows, plain::decode_heads, plain::attend_rows<uint16_t>, plain::attend_rows<float>, plain::tile_kernel};
 }  // namespace kvshare

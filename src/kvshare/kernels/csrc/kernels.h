@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "row_form.h"
+#include "tile.h"
 
 namespace kvshare {
 
@@ -71,6 +72,7 @@ struct Isa {
     void (*decode_heads)(RowKind kind, int width, const uint8_t* const* heads, int count, void* to, int64_t stride, bool bf16);
     void (*attend_bf16)(const AttendRows& rows, const AttendState& state);
     void (*attend_fp32)(const AttendRows& rows, const AttendState& state);
+    TileKernel tile;
 };
 
 // The sets that this build knows, best first; `usable` asks the processor. A set for AMX goes in front, with its own file and flags.

@@ -1,0 +1,84 @@
+"""Which owners' rows many queries can attend to where they lie, and the kernel bound to each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from kvshare import kernels
+from kvshare.cache.arena import Arena
+from kvshare.cache.codecs import Codec
+from kvshare.cache.tables import PageTable
+from kvshare.kernels.row_kind import row_kind
+from kvshare.kernels.tile_attention import Rows, TileAttention, TileSpan
+from kvshare.layout import CacheLayout, LayerCache, Stream
+
+MANY_HEADS = 48
+"""Query heads of one KV head from which on a single query, too, is bound by multiplying and not by reading."""
+
+
+class TiledRows:
+    """The rows that one owner's queries attend to: one kind, or several in one softmax."""
+
+    def __init__(self, owner: int, kinds: list[tuple[Stream, Stream]], kernel: TileAttention):
+        self.owner, self.kinds, self.kernel = owner, kinds, kernel
+
+    def takes(self, count: int, query_heads: int, entries: Tensor | None) -> bool:
+        """Whether the kernel is the way for `count` queries of one sequence; `entries` as in `Step.attend`."""
+        selected = entries is not None and any(k.top_k for k, _ in self.kinds)
+        if count == 1:
+            return selected or len(self.kinds) > 1 or query_heads >= MANY_HEADS * self.kernel.kv_heads
+        return not selected  # each query would have rows of its own
+
+    def span(self, start: int, count: int, tables: Mapping[tuple[int, str], PageTable], entries: Tensor | None) -> TileSpan:
+        """Queries `start : start + count` of the batch, of the sequence whose tables these are."""
+        rows = []
+        for k, v in self.kinds:
+            chosen = None
+            if entries is not None and k.top_k:
+                chosen = entries[start][entries[start] >= 0].long().sort().values
+            rows.append(Rows(tables[self.owner, k.name], tables[self.owner, v.name], chosen))
+        return TileSpan(start, count, rows)
+
+
+class TiledAttention:
+    """Kernels by owner, bound to an arena when they are first asked for."""
+
+    def __init__(self, layout: CacheLayout, codecs: Mapping[tuple[int, str], Codec]):
+        self.layout, self.codecs = layout, codecs
+        self._bound: dict[int, tuple[Arena, TiledRows | None]] = {}
+
+    def of(self, owner: int, arena: Arena) -> TiledRows | None:
+        """The kernel for an owner's rows in this arena; None where only torch can read them."""
+        arena_bound, rows = self._bound.get(owner, (None, None))
+        if arena_bound is not arena:
+            rows = self._bind(owner, arena)
+            self._bound[owner] = (arena, rows)
+        return rows
+
+    def _bind(self, owner: int, arena: Arena) -> TiledRows | None:
+        kinds = attended_kinds(self.layout.layers[owner])
+        if not kinds or not kernels.available() or arena.pages.device.type != "cpu":
+            return None
+        bound = []
+        for k, v in kinds:
+            of_keys, of_values = (row_kind(self.codecs[owner, stream.name]) for stream in (k, v))
+            if of_keys is None or of_values is None or of_keys.rotated or of_values.rotated:
+                return None
+            bound.append((k, of_keys, v, of_values))
+        return TiledRows(owner, kinds, TileAttention(arena, bound))
+
+
+def attended_kinds(layer: LayerCache) -> list[tuple[Stream, Stream]]:
+    """Keys and values of each kind of row in a layer that stores whole keys, of even and equal widths; none for every other layer."""
+    streams = {stream.name: stream for stream in layer.streams if stream.name != "index"}
+    if layer.borrowed:
+        return []
+    if set(streams) == {"k", "v"}:
+        k, v = streams["k"], streams["v"]
+        kinds = [(k, v)] if (k.heads, k.window, k.tokens_per_row) == (v.heads, v.window, v.tokens_per_row) else []
+    else:
+        kinds = [(stream, stream) for stream in streams.values()] if set(streams) <= {"kv", "entry", "latent"} else []
+    shapes = {(k.heads, k.width, v.width) for k, v in kinds}
+    return kinds if len(shapes) == 1 and not any(width % 2 for _, *widths in shapes for width in widths) else []

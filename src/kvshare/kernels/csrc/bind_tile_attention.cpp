@@ -1,0 +1,46 @@
+// Attention of many queries over pages, as Python sees it.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <tuple>
+
+#include "tile_attention.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace kvshare;
+
+template <typename T>
+static T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+using Side = std::tuple<RowKind, int64_t, int64_t>;                                                // kind, row bytes, rows a page
+using Stream = std::tuple<Side, Side, bool, int64_t, int64_t>;                                     // keys, values, same, tokens a row, window
+using Rows = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t>;               // pages and first page of keys and of values, chosen rows
+using Span = std::tuple<int64_t, int64_t, std::vector<Rows>>;                                      // start, count
+
+void bind_tile_attention(nb::module_& m) {
+    nb::class_<TileAttention>(m, "TileAttention")
+        .def("__init__",
+             [](TileAttention* self, uintptr_t arena, int64_t page_bytes, const std::vector<Stream>& streams, int kv_heads, int key_width, int value_width) {
+                 std::vector<TileStream> all;
+                 for (const auto& [k, v, same, tokens_per_row, window] : streams)
+                     all.push_back({std::get<0>(k), std::get<1>(k), std::get<2>(k), std::get<0>(v), std::get<1>(v), std::get<2>(v), same, tokens_per_row, window});
+                 new (self) TileAttention(at<const uint8_t>(arena), page_bytes, std::move(all), kv_heads, key_width, value_width);
+             }, "arena"_a, "page_bytes"_a, "streams"_a, "kv_heads"_a, "key_width"_a, "value_width"_a)
+        .def("attend",
+             [](const TileAttention& self, uintptr_t q, uintptr_t out, uintptr_t positions, int query_heads, const std::vector<Span>& spans, float scale, float softcap,
+                uintptr_t sinks) {
+                 std::vector<TileSpan> all;
+                 for (const auto& [start, count, rows] : spans) {
+                     all.push_back({start, count, {}});
+                     for (const auto& [k, k_first, v, v_first, chosen, num_chosen] : rows)
+                         all.back().rows.push_back({at<const int32_t>(k), k_first, at<const int32_t>(v), v_first, at<const int64_t>(chosen), num_chosen});
+                 }
+                 nb::gil_scoped_release released;
+                 self.attend(active_isa(), at<const uint16_t>(q), at<uint16_t>(out), at<const int64_t>(positions), query_heads, all, scale, softcap,
+                             at<const float>(sinks));
+             });
+}

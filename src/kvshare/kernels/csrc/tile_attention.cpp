@@ -1,0 +1,250 @@
+#include "tile_attention.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+
+namespace kvshare {
+
+static constexpr int64_t BLOCK_LANES = 256;   // queries for which a tile's values are packed once
+static constexpr int64_t PART_TILES = 8;      // at least, where the rows of few queries are shared among threads
+static constexpr int64_t ENOUGH_ITEMS = 32;   // of one sequence, for any number of threads
+static constexpr int64_t SUB_LANES = MOST_VECTORS * LANES, SUBS = BLOCK_LANES / SUB_LANES;
+
+// Queries of one KV head that run together, over part of the tiles that they see. Lane l is query head l % group of token l / group.
+struct TileAttention::Item {
+    const TileSpan* span;
+    int kv_head;
+    int64_t lane, lanes;
+    int64_t tile, end_tile;       // of all streams' tiles, one stream behind the other
+    int part, parts;              // of this block
+    int64_t kept;                 // where its sums are kept for merging, in floats
+};
+
+struct TileAttention::Work {
+    const Isa& isa;
+    const uint16_t* q;
+    uint16_t* out;
+    const int64_t* positions;
+    int query_heads, group;
+    const std::vector<TileSpan>& spans;
+    float scale, softcap;
+    const float* sinks;
+
+    int64_t query(const Item& item, int64_t lane) const {  // which of q [tokens * query_heads] stands in a lane of an item
+        lane += item.lane;
+        return (item.span->start + lane / group) * query_heads + item.kv_head * group + lane % group;
+    }
+};
+
+namespace {
+
+// Rows of a stream that a query at `position` sees.
+struct Seen {
+    int64_t first, end;
+    Seen(const TileStream& stream, const TileRows& rows, int64_t position) {
+        end = rows.num_chosen >= 0 ? rows.num_chosen : (position + 1) / stream.tokens_per_row;
+        first = stream.window && rows.num_chosen < 0 ? std::max<int64_t>(0, end - stream.window) : 0;
+    }
+};
+
+struct Tiles {  // that rows `first ... end` touch; they begin at the same rows for every query
+    int64_t low, high;
+    Tiles(int64_t first, int64_t end) : low(first / TILE_ROWS), high(end > first ? (end + TILE_ROWS - 1) / TILE_ROWS : low) {}
+    int64_t count() const { return high - low; }
+};
+
+class Scratch {  // of one thread: aligned memory that grows
+  public:
+    float* floats(int64_t count) {
+        if (count > count_) {
+            memory_.reset(static_cast<float*>(std::aligned_alloc(64, size_t((count * 4 + 63) / 64 * 64))));
+            count_ = count;
+        }
+        return memory_.get();
+    }
+
+  private:
+    struct Free {
+        void operator()(float* p) const { std::free(p); }
+    };
+    std::unique_ptr<float, Free> memory_;
+    int64_t count_ = 0;
+};
+
+int64_t padded(int64_t width) { return (width + PANEL - 1) / PANEL * PANEL; }
+
+}  // namespace
+
+int64_t TileAttention::sum_floats() const { return BLOCK_LANES * (padded(value_width_) + 2); }
+
+std::vector<TileAttention::Item> TileAttention::cut(const Work& work) const {
+    std::vector<Item> items;
+    int64_t kept = 0;
+    for (const TileSpan& span : work.spans) {
+        const int64_t lanes = span.count * work.group, blocks = kv_heads_ * ((lanes + BLOCK_LANES - 1) / BLOCK_LANES);
+        for (int kv_head = 0; kv_head < kv_heads_; kv_head++)
+            for (int64_t lane = (lanes - 1) / BLOCK_LANES * BLOCK_LANES; lane >= 0; lane -= BLOCK_LANES) {  // the longest first
+                Item item{&span, kv_head, lane, std::min(BLOCK_LANES, lanes - lane), 0, 0, 0, 1, 0};
+                int64_t tiles = 0;
+                for (size_t s = 0; s < streams_.size(); s++) {
+                    const int64_t *positions = work.positions + span.start, newest = positions[(lane + item.lanes - 1) / work.group];
+                    tiles += Tiles(Seen(streams_[s], span.rows[s], positions[lane / work.group]).first, Seen(streams_[s], span.rows[s], newest).end).count();
+                }
+                item.parts = int(std::clamp<int64_t>(std::min((ENOUGH_ITEMS + blocks - 1) / blocks, tiles / PART_TILES), 1, ENOUGH_ITEMS));
+                for (item.part = 0; item.part < item.parts; item.part++) {
+                    item.tile = tiles * item.part / item.parts;
+                    item.end_tile = tiles * (item.part + 1) / item.parts;
+                    item.kept = kept;
+                    if (item.parts > 1) kept += sum_floats();
+                    items.push_back(item);
+                }
+            }
+    }
+    return items;
+}
+
+// Points the tile at its rows `begin ... end`; row 0 of it is row `first` of the stream.
+void TileAttention::find_rows(const TileStream& stream, const TileRows& rows, int64_t first, int begin, int end, int kv_head, Tile& tile) const {
+    const auto find = [&](const uint8_t** to, int64_t head, const int32_t* pages, int64_t first_page, int64_t row_bytes, int64_t rows_per_page) {
+        const uint8_t* base = arena_ + kv_head * head;
+        int64_t page = (first + begin) / rows_per_page - first_page, row = (first + begin) % rows_per_page;
+        if (rows.num_chosen >= 0) {
+            for (int i = begin; i < end; i++) {
+                const int64_t index = rows.chosen[first + i];
+                to[i] = base + pages[index / rows_per_page - first_page] * page_bytes_ + index % rows_per_page * row_bytes;
+            }
+        } else {
+            for (int i = begin; i < end; page++, row = 0) {
+                const uint8_t* at = base + pages[page] * page_bytes_ + row * row_bytes;
+                for (const int stop = int(std::min<int64_t>(end, i + rows_per_page - row)); i < stop; i++, at += row_bytes) to[i] = at;
+            }
+        }
+        std::fill(to, to + begin, to[begin]);  // rows that nobody sees may have no page, but a kernel takes some at once
+        std::fill(to + end, to + TILE_ROWS, to[end - 1]);
+        return int(head);
+    };
+    tile.first = int(first);
+    tile.k_bytes = find(tile.k, head_bytes(stream.k_kind, key_width_), rows.k_pages, rows.k_first_page, stream.k_row_bytes, stream.k_rows_per_page);
+    tile.v_bytes = 0;
+    if (stream.same) std::copy(tile.k, tile.k + TILE_ROWS, tile.v);
+    else tile.v_bytes = find(tile.v, head_bytes(stream.v_kind, value_width_), rows.v_pages, rows.v_first_page, stream.v_row_bytes, stream.v_rows_per_page);
+}
+
+// Encoded rows as numbers in `decoded` [2, TILE_ROWS, widths], and the tile pointed at them.
+void TileAttention::decode_rows(const Isa& isa, const TileStream& stream, uint16_t* decoded, Tile& tile) const {
+    const auto decode = [&](const uint8_t** rows, RowKind kind, int width) {
+        if (kind == RowKind::BF16) return;
+        isa.decode_heads(kind, width, rows, TILE_ROWS, decoded, width, true);
+        for (int i = 0; i < TILE_ROWS; i++, decoded += width) rows[i] = reinterpret_cast<const uint8_t*>(decoded);
+    };
+    decode(tile.k, stream.k_kind, key_width_);
+    if (stream.same) std::copy(tile.k, tile.k + TILE_ROWS, tile.v);
+    else decode(tile.v, stream.v_kind, value_width_);
+}
+
+// Views of an item's queries, 64 at a time: `sums` holds what is summed up, `packed` the queries (where they are needed still).
+int TileAttention::bind(const Work& work, const Item& item, float* packed, float* sums, const int32_t* first, const int32_t* end, TileQueries* subs) const {
+    const int64_t out_floats = SUB_LANES * padded(value_width_);
+    int count = 0;
+    for (int64_t lane = 0; lane < item.lanes; lane += SUB_LANES, sums += out_floats + 2 * SUB_LANES) {
+        const int vectors = int((std::min(SUB_LANES, item.lanes - lane) + LANES - 1) / LANES);
+        subs[count++] = {vectors, key_width_, value_width_, work.scale, work.softcap, reinterpret_cast<uint32_t*>(packed) + lane * key_width_ / 2,
+                         sums + out_floats, sums + out_floats + SUB_LANES, sums, first + lane, end + lane};
+    }
+    return count;
+}
+
+void TileAttention::write(const Work& work, const Item& item, const TileQueries* subs) const {
+    for (int64_t lane = 0; lane < item.lanes; lane += SUB_LANES, subs++) {
+        uint16_t* rows[SUB_LANES];
+        alignas(64) float sinks[SUB_LANES] = {};
+        for (int64_t l = 0; l < SUB_LANES; l++) {
+            const bool real = lane + l < item.lanes;
+            rows[l] = real ? work.out + work.query(item, lane + l) * value_width_ : nullptr;
+            if (real && work.sinks) sinks[l] = work.sinks[work.query(item, lane + l) % work.query_heads];
+        }
+        work.isa.tile.write(*subs, work.sinks ? sinks : nullptr, rows);
+    }
+}
+
+void TileAttention::run(const Work& work, const Item& item, float* kept) const {
+    static thread_local Scratch scratch;
+    const int64_t values = padded(value_width_) * TILE_ROWS / 2, packed = BLOCK_LANES * key_width_ / 2;
+    float* memory = scratch.floats(values + packed + sum_floats() + TILE_ROWS * (key_width_ + value_width_) / 2);
+    uint16_t* decoded = reinterpret_cast<uint16_t*>(memory + values + packed + sum_floats());
+    Tile both[2];
+    for (Tile& tile : both) tile.values = reinterpret_cast<uint32_t*>(memory);
+    alignas(64) int32_t first[BLOCK_LANES], end[BLOCK_LANES];
+    TileQueries subs[SUBS];
+    const int num_subs = bind(work, item, memory + values, item.parts > 1 ? kept + item.kept : memory + values + packed, first, end, subs);
+    for (int s = 0; s < num_subs; s++) {
+        const uint16_t* rows[SUB_LANES];
+        for (int64_t l = 0; l < SUB_LANES; l++) rows[l] = work.q + work.query(item, std::min(s * SUB_LANES + l, item.lanes - 1)) * key_width_;
+        work.isa.tile.pack_queries(subs[s], rows);
+    }
+
+    const int64_t* positions = work.positions + item.span->start;
+    int64_t before = 0;  // tiles of the streams in front
+    for (size_t s = 0; s < streams_.size(); s++) {
+        const TileRows& rows = item.span->rows[s];
+        for (int64_t l = 0; l < num_subs * SUB_LANES; l++) {
+            const Seen seen(streams_[s], rows, positions[(item.lane + std::min(l, item.lanes - 1)) / work.group]);
+            first[l] = int32_t(seen.first);
+            end[l] = int32_t(seen.end);
+        }
+        const int64_t last_end = end[item.lanes - 1];
+        const Tiles tiles(first[0], last_end);
+        const int64_t begin_tile = std::max(tiles.low, tiles.low + item.tile - before), end_tile = std::min(tiles.high, tiles.low + item.end_tile - before);
+        const auto unseen = [&](int64_t t) { return int(std::max<int64_t>(0, first[0] - t * TILE_ROWS)); };  // rows of a tile in front of all windows
+        const auto count = [&](int64_t t) { return int(std::min<int64_t>(TILE_ROWS, last_end - t * TILE_ROWS)); };
+        const auto find = [&](int64_t t) { find_rows(streams_[s], rows, t * TILE_ROWS, unseen(t), count(t), item.kv_head, both[t & 1]); };
+        if (begin_tile < end_tile) find(begin_tile);
+        for (int64_t t = begin_tile; t < end_tile; t++) {
+            Tile& tile = both[t & 1];
+            if (t + 1 < end_tile) find(t + 1);
+            decode_rows(work.isa, streams_[s], decoded, tile);
+            tile.next = t + 1 < end_tile ? &both[(t + 1) & 1] : nullptr;
+            work.isa.tile.pack_values(tile, unseen(t) & ~1, count(t), value_width_);
+            for (int i = 0; i < num_subs; i++) {
+                const int64_t oldest = i * SUB_LANES, newest = std::min(oldest + SUB_LANES, item.lanes) - 1, start = tile.first;
+                const int from = int(std::max<int64_t>(0, first[oldest] - start)) & ~1, to = int(std::min<int64_t>(count(t), end[newest] - start));
+                if (from >= to) continue;
+                work.isa.tile.attend(tile, from, to, first[newest] > start + from || end[oldest] < start + to, subs[i]);
+                tile.next = nullptr;
+            }
+        }
+        before += tiles.count();
+    }
+    if (item.parts == 1) write(work, item, subs);
+}
+
+void TileAttention::attend(const Isa& isa, const uint16_t* q, uint16_t* out, const int64_t* positions, int query_heads, const std::vector<TileSpan>& spans, float scale,
+                           float softcap, const float* sinks) const {
+    const Work work{isa, q, out, positions, query_heads, query_heads / kv_heads_, spans, scale, softcap, sinks};
+    const std::vector<Item> items = cut(work);
+    if (items.empty()) return;
+    static thread_local Scratch scratch;
+    float* kept = items.back().kept || items.back().parts > 1 ? scratch.floats(items.back().kept + sum_floats()) : nullptr;
+    std::atomic<size_t> next{0}, next_merge{0};
+#pragma omp parallel num_threads(items.size() == 1 ? 1 : omp_get_max_threads())
+    {
+        for (size_t i = next++; i < items.size(); i = next++) run(work, items[i], kept);
+#pragma omp barrier
+        for (size_t i = next_merge++; i < items.size(); i = next_merge++) {
+            if (items[i].parts == 1 || items[i].part) continue;
+            TileQueries into[SUBS], from[SUBS];
+            const int num_subs = bind(work, items[i], nullptr, kept + items[i].kept, nullptr, nullptr, into);
+            for (int part = 1; part < items[i].parts; part++) {
+                bind(work, items[i], nullptr, kept + items[i + part].kept, nullptr, nullptr, from);
+                for (int s = 0; s < num_subs; s++) work.isa.tile.merge(into[s], from[s]);
+            }
+            write(work, items[i], into);
+        }
+    }
+}
+
+}  // namespace kvshare

@@ -1,0 +1,65 @@
+// Attention of many queries a sequence (prompts; many heads on one row) straight from the arena's pages.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace kvshare {
+
+// One kind of row that queries attend to: keys in one stream, values in another or the same.
+struct TileStream {
+    RowKind k_kind;
+    int64_t k_row_bytes, k_rows_per_page;
+    RowKind v_kind;
+    int64_t v_row_bytes, v_rows_per_page;
+    bool same;               // values are the first numbers of the keys
+    int64_t tokens_per_row;  // row i is complete at position (i + 1) * tokens_per_row - 1, and seen from there on
+    int64_t window;          // a query sees the newest `window` rows; 0: all
+};
+
+// Where a sequence's rows lie: row i is row i % rows_per_page of page pages[i / rows_per_page - first_page].
+struct TileRows {
+    const int32_t* k_pages;
+    int64_t k_first_page;
+    const int32_t* v_pages;
+    int64_t v_first_page;
+    const int64_t* chosen;  // the rows that the one query sees, where num_chosen >= 0
+    int64_t num_chosen;     // below 0: all rows that a position sees
+};
+
+// The queries of one sequence: rows `start ... start + count` of q, at ascending positions.
+struct TileSpan {
+    int64_t start, count;
+    std::vector<TileRows> rows;  // of each stream
+};
+
+class TileAttention {
+  public:
+    TileAttention(const uint8_t* arena, int64_t page_bytes, std::vector<TileStream> streams, int kv_heads, int key_width, int value_width)
+        : arena_(arena), page_bytes_(page_bytes), streams_(std::move(streams)), kv_heads_(kv_heads), key_width_(key_width), value_width_(value_width) {}
+
+    // out[t] = softmax(scale * q[t] . k) v over the rows of all streams that position[t] sees. bfloat16: q [tokens, query_heads, key_width] and
+    // out [tokens, query_heads, value_width]; positions [tokens]; sinks [query_heads] or null. Only rows of the spans are written. A sequence is
+    // cut the same way whatever else runs beside it, and whatever the number of threads.
+    void attend(const Isa& isa, const uint16_t* q, uint16_t* out, const int64_t* positions, int query_heads, const std::vector<TileSpan>& spans, float scale,
+                float softcap, const float* sinks) const;
+
+  private:
+    struct Item;
+    struct Work;
+    std::vector<Item> cut(const Work& work) const;
+    void run(const Work& work, const Item& item, float* kept) const;
+    void write(const Work& work, const Item& item, const TileQueries* subs) const;
+    int bind(const Work& work, const Item& item, float* packed, float* sums, const int32_t* first, const int32_t* end, TileQueries* subs) const;
+    void find_rows(const TileStream& stream, const TileRows& rows, int64_t first, int begin, int end, int kv_head, Tile& tile) const;
+    void decode_rows(const Isa& isa, const TileStream& stream, uint16_t* decoded, Tile& tile) const;
+    int64_t sum_floats() const;  // that one block of queries sums up
+
+    const uint8_t* arena_;
+    int64_t page_bytes_;
+    std::vector<TileStream> streams_;
+    int kv_heads_, key_width_, value_width_;
+};
+
+}  // namespace kvshare

@@ -1,0 +1,97 @@
+"""Attention of many queries straight from the arena's pages: prompts, and many heads on one row. Its twin is `kvshare.layers.attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvshare.cache.arena import Arena
+from kvshare.kernels.native import module
+
+if TYPE_CHECKING:
+    from kvshare.cache.tables import PageTable
+    from kvshare.kernels.row_kind import RowKind
+    from kvshare.layout import Stream
+
+
+class Rows(NamedTuple):
+    """Rows of a sequence in one kind: all that a query's position lets it see, or `chosen` ones."""
+
+    keys: PageTable
+    values: PageTable
+    chosen: Tensor | None = None  # int64 [n], ascending; for a single query
+
+
+class TileSpan(NamedTuple):
+    """Rows `start : start + num_queries` of the batch: the queries of one sequence, at ascending positions, and what they attend to."""
+
+    start: int
+    num_queries: int
+    rows: Sequence[Rows]  # of each kind
+
+
+class TileAttention:
+    """Attention of bfloat16 queries to the rows of one owner, of one kind or of several in one softmax.
+
+    A kind is a stream of keys and one of values, or one that is both. Queries of a KV head stand in the lanes of vectors, 64 at a
+    time, and meet 96 rows at a time (a running softmax over tiles: Dao et al. 2022, "FlashAttention"); encoded rows are decoded tile
+    by tile. Tiles begin at the same rows for every query: how a prompt is cut in chunks changes the result only where a sequence has so
+    few queries that its rows are shared among threads; neither the batch nor the number of threads changes a bit.
+    """
+
+    def __init__(self, arena: Arena, kinds: Sequence[tuple[Stream, RowKind, Stream, RowKind]]):
+        """`kinds`: keys and how they are encoded, values and how they are. All have the same heads and widths, which are even."""
+        self.arena = arena
+        k, _, v, _ = kinds[0]
+        self.kv_heads, self.key_width, self.value_width = k.heads, k.width, v.width
+        native = module()
+
+        def side(stream: Stream, kind: RowKind) -> tuple[object, int, int]:
+            code = getattr(native.RowKind, kind.name)
+            row_bytes = stream.heads * native.head_bytes(code, stream.width)
+            return code, row_bytes, arena.page_bytes // row_bytes
+
+        streams = [(side(k, kk), side(v, vk), k is v, k.tokens_per_row, k.window or 0) for k, kk, v, vk in kinds]
+        shape = self.kv_heads, self.key_width, self.value_width
+        self._native = native.TileAttention(arena.pages.data_ptr(), arena.page_bytes, streams, *shape)
+
+    def attend(
+        self,
+        q: Tensor,  # bfloat16 [tokens, query_heads, key_width]
+        out: Tensor,  # bfloat16 [tokens, query_heads, value_width]: the rows of `spans` are written
+        positions: Tensor,  # int64 [tokens]
+        spans: Sequence[TileSpan],
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,  # [query_heads]
+    ) -> None:
+        heads = q.shape[1]
+        assert q.dtype == out.dtype == torch.bfloat16
+        assert positions.dtype == torch.int64
+        assert heads % self.kv_heads == 0
+        assert q.shape[2] == self.key_width
+        assert out.shape[2] == self.value_width
+        assert out.is_contiguous()
+        assert positions.is_contiguous()
+        q = q.contiguous()
+        sinks = None if sinks is None else sinks.float().contiguous()
+        places = [(start, count, [_addresses(*each) for each in rows]) for start, count, rows in spans]
+        self._native.attend(
+            q.data_ptr(),
+            out.data_ptr(),
+            positions.data_ptr(),
+            heads,
+            places,
+            scale,
+            softcap or 0.0,
+            0 if sinks is None else sinks.data_ptr(),
+        )
+
+
+def _addresses(keys: PageTable, values: PageTable, chosen: Tensor | None) -> tuple[int, int, int, int, int, int]:
+    address, count = (0, -1) if chosen is None else (chosen.data_ptr(), len(chosen))
+    return keys.pages.buffer_info()[0], keys.first_page, values.pages.buffer_info()[0], values.first_page, address, count

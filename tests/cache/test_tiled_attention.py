@@ -1,0 +1,77 @@
+"""A step's attention through the kernels equals that of plain torch on the same pages, for every kind of layer that they take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvshare import kernels
+from kvshare.cache.arena import Arena
+from kvshare.cache.paged_step import PagedCache, PagedStep
+from kvshare.cache.step import Step
+from kvshare.cache.tables import SequenceCache
+from kvshare.cache.tiled_attention import attended_kinds
+from kvshare.layout import CacheLayout, LayerCache, Stream
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
+
+WINDOW = Stream("kv", 1, 64, window=16)
+INDEX = Stream("index", 1, 32, tokens_per_row=4)
+LAYERS = (
+    LayerCache("full", 0, (Stream("k", 2, 32), Stream("v", 2, 48))),
+    LayerCache("sliding", 1, (Stream("k", 1, 64, window=20), Stream("v", 1, 64, window=20))),
+    LayerCache("full", 0),  # a reader
+    LayerCache("latent", 3, (Stream("latent", 1, 72),)),
+    LayerCache("hca", 4, (WINDOW, Stream("entry", 1, 64, tokens_per_row=8))),
+    LayerCache("csa", 5, (WINDOW, Stream("entry", 1, 64, tokens_per_row=4, top_k=5), INDEX)),
+)
+LAYOUT = CacheLayout(LAYERS)
+HEADS = 60
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@torch.no_grad()
+def test_kernels_and_torch_read_the_same_pages_alike(precision: str) -> None:
+    """Chunks, single queries, a sequence without tokens, and the rows that go on behind the last owner."""
+    generator = torch.Generator().manual_seed(1)
+    arena = Arena(800, LAYOUT.page_bytes(precision))
+    arena.pages.fill_(0xFF)
+    cache, caches = PagedCache(LAYOUT, precision), [SequenceCache(LAYOUT, arena, precision) for _ in range(3)]
+    for counts in ((50, 1, 7), (1, 33, 1), (9, 0, 1), (40, 1, 130)):
+        for each, count in zip(caches, counts, strict=True):
+            each.reserve(count)
+        step = PagedStep(cache, caches, counts, [3, sum(counts) - 1])
+        for layer, described in enumerate(LAYERS):
+            if described.streams:
+                rows = {}
+                for stream in described.streams:
+                    ends = [step.new_rows(stream, sequence) for sequence in range(3)]
+                    rows[stream.name] = torch.randn(
+                        sum(end - first for first, end in ends), stream.heads, stream.width, generator=generator
+                    )
+                step.append(layer, {name: values.bfloat16() for name, values in rows.items()})
+            for seen in (step, step.tail()):
+                streams = LAYERS[LAYOUT.owner[layer]].streams
+                q = torch.randn(len(seen.positions), HEADS, streams[0].width, generator=generator).bfloat16()
+                entries = None
+                if described.kind == "csa":
+                    entries = torch.stack([_choice(int(position) // 4, generator) for position in seen.positions + 1])
+                sinks = torch.randn(HEADS, generator=generator) if layer % 2 else None
+                got = seen.attend(layer, q, scale=0.1, sinks=sinks, entries=entries)
+                wanted = Step.attend(seen, layer, q.float(), scale=0.1, sinks=sinks, entries=entries)
+                assert got.shape == wanted.shape
+                assert (got.float() - wanted).abs().max() < 2.0**-6
+        for each, count in zip(caches, counts, strict=True):
+            each.commit(count)
+
+
+def _choice(complete: int, generator: torch.Generator) -> torch.Tensor:  # [5] of the complete entries, -1 for none
+    chosen = torch.randperm(complete, generator=generator)[:5]
+    return torch.cat([chosen, torch.full((5 - len(chosen),), -1)])
+
+
+def test_what_the_kernels_leave_to_torch() -> None:
+    assert not attended_kinds(LayerCache("full", 0, (Stream("k_rotated", 1, 16), Stream("v", 1, 64))))  # keys are rebuilt
+    assert not attended_kinds(LayerCache("full", 0, (Stream("k", 1, 7), Stream("v", 1, 7))))  # pairs of numbers
+    assert not attended_kinds(LayerCache("full", 0, (Stream("k", 1, 8, window=4), Stream("v", 1, 8))))
+    assert not attended_kinds(LayerCache("csa2", 0, (WINDOW,), borrowed=((0, WINDOW),)))
