@@ -30,6 +30,7 @@ from kvshare.checkpoints.gguf_header import BLOCK_TYPES
 from kvshare.kernels.paged_attention import PagedAttention, Query
 from kvshare.kernels.quantized_weight import BLOCK_TYPES as NAMES
 from kvshare.kernels.quantized_weight import QuantizedWeight
+from kvshare.kernels.row_kind import RowKind
 from kvshare.layers.attention import attention
 from kvshare.layout import Stream
 
@@ -147,7 +148,10 @@ def paged_attention(read_gb_s: float, timed: Timed) -> Iterator[Result]:
         tables = [PageTable(0, stream, page_bytes // row_bytes, 0, array("i", half)) for half in (shuffled[:count], shuffled[count:])]
         q = torch.randn(1, kv_heads * group, width).bfloat16()
         out = torch.empty_like(q)
-        kernel, query = PagedAttention(arena, kv_heads, width, width, torch.bfloat16), Query(0, 0, rows, *tables)
+        kernel, query = (
+            PagedAttention(arena, kv_heads, (width, width), (RowKind("BF16"), RowKind("BF16")), torch.bfloat16),
+            Query(0, 0, rows, *tables),
+        )
         seconds = timed(partial(kernel.attend, q, out, [query], scale=0.05))
         k, v = (arena.gather(table.pages, row_bytes)[:rows].view(torch.bfloat16).unflatten(-1, (kv_heads, width)) for table in tables)
         torch_seconds = timed(partial(attention, q, k, v, None, scale=0.05), repeats=3)

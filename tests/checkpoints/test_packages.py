@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvshare.checkpoints import packages
-from kvshare.checkpoints.packages import WeightPackage, join, packaged_file
-from kvshare.checkpoints.user_cache import cache_directory
+from kvshare.checkpoints.packages import WeightPackage, cache_directory, join, packaged_file
 from kvshare.errors import CheckpointError
 
 PARTS = [b"first part, ", b"second part"]

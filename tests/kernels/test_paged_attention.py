@@ -11,11 +11,14 @@ from torch import Tensor
 
 from kvshare import kernels
 from kvshare.cache.arena import Arena
+from kvshare.cache.codecs import codec_for
 from kvshare.cache.tables import PageTable
 from kvshare.kernels.native import ISAS
 from kvshare.kernels.paged_attention import PagedAttention, Query
+from kvshare.kernels.row_kind import row_kind
 from kvshare.layers.attention import attention
 from kvshare.layout import Stream
+from kvshare.layout.rows import precision_named
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
 
@@ -41,9 +44,18 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 class Case:
     """Sequences of random rows in an arena whose other bytes are NaN, their pages in random order."""
 
-    def __init__(self, shape: tuple[int, int, int, int], lengths: list[int], dtype: torch.dtype, window: int | None = None):
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        lengths: list[int],
+        dtype: torch.dtype,
+        window: int | None = None,
+        codecs: tuple[str, str] | None = None,  # of keys and values; None: plain rows of `dtype`
+    ):
         self.kv_heads, group, key_width, value_width = shape
         generator = torch.Generator().manual_seed(sum(lengths))
+        plain = "bf16" if dtype == torch.bfloat16 else "fp32"
+        named = [codec_for(precision_named(name), Stream("k", 1, 1)) for name in codecs or (plain, plain)]
         widest = self.kv_heads * max(key_width, value_width) * dtype.itemsize
         page_bytes = -(-widest * 32 // 4096) * 4096
         self.arena = Arena(8 + sum(length // 16 + 2 for length in lengths), page_bytes)
@@ -54,9 +66,9 @@ class Case:
         for row, length in enumerate(lengths):
             first = 0 if window is None else max(0, length - window)
             tables, seen = [], []
-            for width in (key_width, value_width):
+            for codec, width in zip(named, (key_width, value_width), strict=True):
                 values = torch.randn(length, self.kv_heads, width, generator=generator).to(dtype)
-                encoded = values.flatten(1).view(torch.uint8)  # [rows, row_bytes]
+                encoded = codec.encode(values)  # [rows, row_bytes]
                 row_bytes = encoded.shape[1]
                 table = PageTable(0, Stream("k", self.kv_heads, width), page_bytes // row_bytes)
                 table.first_page = first // table.rows_per_page
@@ -66,10 +78,13 @@ class Case:
                     page, offset = divmod(index, table.rows_per_page)
                     view[table.pages[page - table.first_page], offset] = encoded[index]
                 tables.append(table)
-                seen.append(values[first:])
+                seen.append(codec.decode(encoded[first:], self.kv_heads, width))
             self.rows.append(seen)
             self.queries.append(Query(row, first, length, *tables))
-        self.kernel = PagedAttention(self.arena, self.kv_heads, key_width, value_width, dtype)
+        kinds = row_kind(named[0]), row_kind(named[1])
+        assert kinds[0] is not None
+        assert kinds[1] is not None
+        self.kernel = PagedAttention(self.arena, self.kv_heads, (key_width, value_width), (kinds[0], kinds[1]), dtype)
         self.scale = key_width**-0.5
 
     def run(self, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
@@ -98,6 +113,36 @@ def test_attention_equals_torch(shape: str, dtype: torch.dtype, isa: str) -> Non
         case = Case(SHAPES[shape], lengths, dtype, window)
         for softcap, sink in ((None, None), (2.0, sinks)):
             assert (case.run(softcap, sink).double() - case.expected(softcap, sink)).abs().max() < BOUNDS[dtype]
+
+
+ENCODED_BOUNDS = {  # with float32 queries, by codec, in AVX512: values are of size 1
+    "int8": 1e-4,
+    "rot8": 1e-4,
+    "fp8": 2.0**-6,  # queries and weights become bfloat16
+    "int4": 0.03,  # queries and weights keep 8 bits
+    "rot4": 0.03,
+    "rot3": 0.03,
+    "rot2": 0.03,
+}
+
+
+@pytest.mark.parametrize("codec", ENCODED_BOUNDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_to_encoded_rows_equals_torch_on_decoded_ones(shape: str, codec: str, isa: str) -> None:
+    heads = SHAPES[shape][0] * SHAPES[shape][1]
+    sinks = torch.randn(heads, generator=torch.Generator().manual_seed(5))
+    bound = ENCODED_BOUNDS[codec] if isa == "avx512" else 4e-6
+    for lengths, window in (([1], None), ([31, 32, 33, 130], None), ([500, 7, 90], 40)):
+        case = Case(SHAPES[shape], lengths, torch.float32, window, (codec, codec))
+        for softcap, sink in ((None, None), (2.0, sinks)):
+            difference = case.run(softcap, sink).double() - case.expected(softcap, sink)
+            assert difference.abs().max() < bound
+
+
+@pytest.mark.parametrize("codecs", [("int8", "int4"), ("rot8", "rot4"), ("bf16", "int8"), ("fp8", "bf16")])
+def test_keys_and_values_may_have_different_codecs(codecs: tuple[str, str], isa: str) -> None:
+    case = Case((2, 3, 64, 96), [150, 33], torch.bfloat16, None, codecs)
+    assert (case.run().double() - case.expected()).abs().max() < 0.03 + BOUNDS[torch.bfloat16]
 
 
 def test_scores_far_apart(isa: str) -> None:

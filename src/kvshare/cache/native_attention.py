@@ -9,36 +9,35 @@ import torch
 from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
-from kvshare.cache.codecs.raw import RawCodec
 from kvshare.kernels.paged_attention import WIDEST, PagedAttention
+from kvshare.kernels.row_kind import row_kind
 from kvshare.layout import CacheLayout, LayerCache, Stream
 
 
 class NativeAttention:
-    """Kernels by owner, bound to an arena when they are first asked for."""
+    """Kernels by owner and type of queries, bound to an arena when they are first asked for."""
 
     def __init__(self, layout: CacheLayout, codecs: Mapping[tuple[int, str], Codec]):
         self.layout, self.codecs = layout, codecs
-        self._bound: dict[int, tuple[Arena, PagedAttention | None]] = {}
+        self._bound: dict[tuple[int, torch.dtype], tuple[Arena, PagedAttention | None]] = {}
 
-    def of(self, owner: int, arena: Arena) -> PagedAttention | None:
-        """The kernel for an owner's rows in this arena; None where only torch can read them."""
-        arena_bound, kernel = self._bound.get(owner, (None, None))
+    def of(self, owner: int, arena: Arena, dtype: torch.dtype) -> PagedAttention | None:
+        """The kernel for an owner's rows in this arena and queries of `dtype`; None where only torch can read them."""
+        arena_bound, kernel = self._bound.get((owner, dtype), (None, None))
         if arena_bound is not arena:
-            kernel = self._bind(owner, arena)
-            self._bound[owner] = (arena, kernel)
+            kernel = self._bind(owner, arena, dtype)
+            self._bound[owner, dtype] = (arena, kernel)
         return kernel
 
-    def _bind(self, owner: int, arena: Arena) -> PagedAttention | None:
+    def _bind(self, owner: int, arena: Arena, dtype: torch.dtype) -> PagedAttention | None:
         streams = keys_and_values(self.layout.layers[owner])
         if streams is None or not kernels.available() or arena.pages.device.type != "cpu":
             return None
         k, v = streams
-        codecs = self.codecs[owner, k.name], self.codecs[owner, v.name]
-        dtypes = {codec.dtype for codec in codecs if isinstance(codec, RawCodec)}
-        if not all(isinstance(codec, RawCodec) for codec in codecs) or not dtypes <= {torch.bfloat16, torch.float32} or v.width > WIDEST:
+        keys, values = row_kind(self.codecs[owner, k.name]), row_kind(self.codecs[owner, v.name])
+        if keys is None or values is None or not (keys.takes(dtype) and values.takes(dtype)) or max(k.width, v.width) > WIDEST:
             return None
-        return PagedAttention(arena, k.heads, k.width, v.width, dtypes.pop())
+        return PagedAttention(arena, k.heads, (k.width, v.width), (keys, values), dtype)
 
 
 def keys_and_values(layer: LayerCache) -> tuple[Stream, Stream] | None:

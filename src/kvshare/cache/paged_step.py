@@ -71,10 +71,8 @@ class PagedStep(Step):
     ) -> Tensor:
         """Where kernels can read the owner's pages, in one call for all sequences with a single query and in one for all others."""
         owner, arena = self.layout.owner[layer], self.caches[0].arena
-        single, streams = self.cache.native_attention.of(owner, arena), keys_and_values(self.layout.layers[owner])
+        single, streams = self.cache.native_attention.of(owner, arena, q.dtype), keys_and_values(self.layout.layers[owner])
         many = self.cache.tiled_attention.of(owner, arena) if q.dtype == torch.bfloat16 else None
-        if single is not None and single.dtype != q.dtype:
-            single = None
         if single is None and many is None:
             return super().attend(layer, q, scale=scale, softcap=softcap, sinks=sinks, entries=entries, rebuild=rebuild)
         out = q.new_empty(*q.shape[:2], self.layout.layers[owner].value_width)

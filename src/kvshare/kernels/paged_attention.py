@@ -9,11 +9,12 @@ from torch import Tensor
 
 from kvshare.cache.arena import Arena
 from kvshare.kernels.native import module
+from kvshare.kernels.row_kind import RowKind, stream_shape
 
 if TYPE_CHECKING:
     from kvshare.cache.tables import PageTable
 
-WIDEST = 2048  # numbers in one head's values
+WIDEST = 2048  # numbers in one head
 
 
 class Query(NamedTuple):
@@ -29,22 +30,28 @@ class Query(NamedTuple):
 class PagedAttention:
     """Attention to the rows of one owner: keys in one stream, values in another or the same.
 
-    Rows hold `kv_heads` vectors of bfloat16 or float32 one behind the other. Each sequence is cut in parts, which all threads share
-    and whose sums are then merged (Dao et al. 2023, "Flash-Decoding"). The cut depends on the sequence's own length alone: neither
-    the batch nor the number of threads changes a bit of the result.
+    Rows hold `kv_heads` vectors one behind the other, spelled as `keys` and `values` say, and are decoded in registers: codes meet the
+    query and the weights as integers. Rounded on the way, per head: the query, to 16 bits of its largest number for keys of 8 bits, to 8 bits for
+    keys of fewer (in INT4 of its group's largest); the weights of 32 rows, to 16 or 8 bits of the largest of them likewise; and what the rotated codecs
+    call levels, to multiples of 1/127 of the largest level. Instruction sets below AVX512 round nothing. Rotated rows stay rotated: the query is
+    rotated instead, and the output back.
+
+    Each sequence is cut in parts, which all threads share and whose sums are then merged (Dao et al. 2023, "Flash-Decoding"). The cut depends
+    on the sequence's own length alone: neither the batch nor the number of threads changes a bit of the result.
     """
 
-    def __init__(self, arena: Arena, kv_heads: int, key_width: int, value_width: int, dtype: torch.dtype):
-        self.arena, self.kv_heads, self.key_width, self.value_width, self.dtype = arena, kv_heads, key_width, value_width, dtype
-        shapes = []
-        for width in (key_width, value_width):
-            row_bytes = kv_heads * width * dtype.itemsize
-            shapes.append((row_bytes, arena.page_bytes // row_bytes, width))
+    def __init__(self, arena: Arena, kv_heads: int, widths: tuple[int, int], kinds: tuple[RowKind, RowKind], dtype: torch.dtype):
+        """`widths` and `kinds`: of keys and of values. `dtype`: of queries and output, bfloat16 or float32; of plain rows, too."""
+        assert dtype in (torch.bfloat16, torch.float32)
+        assert all(kind.takes(dtype) for kind in kinds)
+        self.arena, self.kv_heads, self.dtype = arena, kv_heads, dtype
+        self.key_width, self.value_width = widths
+        shapes = [stream_shape(arena, kv_heads, width, kind) for width, kind in zip(widths, kinds, strict=True)]
         self._native = module().PagedAttention(arena.pages.data_ptr(), arena.page_bytes, *shapes, kv_heads, dtype == torch.bfloat16)
 
     def attend(
         self,
-        q: Tensor,  # [tokens, query_heads, key_width], in the dtype of the rows
+        q: Tensor,  # [tokens, query_heads, key_width]
         out: Tensor,  # [tokens, query_heads, value_width]: the rows of `queries` are written
         queries: list[Query],
         *,

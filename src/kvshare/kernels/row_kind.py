@@ -1,16 +1,18 @@
-"""Which of the kernels' row formats a codec writes."""
+"""Which of the kernels' row formats a codec writes, and how a kernel is told of it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
 from kvshare.cache.codecs.grouped import GroupedCodec
 from kvshare.cache.codecs.raw import RawCodec
-from kvshare.cache.codecs.rotated import RotatedCodec, RotatedScaledCodec
+from kvshare.cache.codecs.rotated import RotatedCodec, RotatedScaledCodec, rotation
 from kvshare.cache.codecs.scaled import ScaledCodec
 from kvshare.kernels.native import module
 
@@ -20,6 +22,14 @@ class RowKind(NamedTuple):
 
     name: str
     rotated: bool = False
+
+    @property
+    def native(self) -> Any:
+        return getattr(module().RowKind, self.name)
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether queries of this type can meet such rows: plain numbers want their own, codes any."""
+        return _RAW.get(dtype) == self if self in _RAW.values() else dtype in _RAW
 
 
 _RAW = {torch.bfloat16: RowKind("BF16"), torch.float32: RowKind("FP32")}
@@ -43,6 +53,19 @@ def decode_rows(encoded: Tensor, kind: RowKind, heads: int, width: int, dtype: t
     assert dtype in (torch.bfloat16, torch.float32)
     assert encoded.stride(1) == 1 or len(encoded) == 0
     out = torch.empty(len(encoded), heads, width, dtype=dtype)
-    native = getattr(module().RowKind, kind.name)
-    module().decode_rows(native, encoded.data_ptr(), encoded.stride(0), len(encoded), heads, width, out.data_ptr(), dtype == torch.bfloat16)
+    module().decode_rows(
+        kind.native, encoded.data_ptr(), encoded.stride(0), len(encoded), heads, width, out.data_ptr(), dtype == torch.bfloat16
+    )
     return out
+
+
+def stream_shape(arena: Arena, heads: int, width: int, kind: RowKind) -> Any:
+    """The native description of a stream's rows in an arena's pages."""
+    row_bytes = heads * module().head_bytes(kind.native, width)
+    return module().StreamShape(kind.native, width, row_bytes, arena.page_bytes // row_bytes, _rotation(width) if kind.rotated else None)
+
+
+@cache
+def _rotation(width: int) -> Any:
+    signs, matrix = rotation(width)
+    return module().Rotation(signs.tolist(), matrix.flatten().tolist())

@@ -83,20 +83,20 @@ class RotatedScaledCodec:
 
 
 def _rotate(x: Tensor) -> Tensor:  # float32 [..., width]
-    signs, cosines = _rotation(x.shape[-1])
+    signs, cosines = rotation(x.shape[-1])
     mixed = hadamard((x * signs.to(x.device)).unflatten(-1, (cosines.shape[0], -1)))
     return (cosines.to(x.device) @ mixed).flatten(-2) if len(cosines) > 1 else mixed.flatten(-2)
 
 
 def _rotate_back(x: Tensor) -> Tensor:  # float32 [..., width]
-    signs, cosines = _rotation(x.shape[-1])
+    signs, cosines = rotation(x.shape[-1])
     mixed = x.unflatten(-1, (cosines.shape[0], -1))
     mixed = cosines.T.to(x.device) @ mixed if len(cosines) > 1 else mixed
     return hadamard(mixed).flatten(-2) * signs.to(x.device)
 
 
 @lru_cache
-def _rotation(width: int) -> tuple[Tensor, Tensor]:
+def rotation(width: int) -> tuple[Tensor, Tensor]:
     """Signs [width], and the orthonormal discrete cosine transform [odd, odd] of the odd factor of `width`."""
     draw = random.Random(width).getrandbits(width)
     signs = torch.tensor([1.0 - 2.0 * (draw >> i & 1) for i in range(width)])

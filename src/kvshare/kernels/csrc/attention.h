@@ -1,38 +1,53 @@
-// Attention to a few rows of the cache with a running softmax (Milakov and Gimelshein 2018), in plain C++ that compilers vectorise.
-// Included once by each isa_*.cpp inside that set's namespace.
+// Attention to a few rows of the cache with a running softmax (Milakov and Gimelshein 2018), in plain C++ that compilers vectorise: a row is
+// decoded into a small buffer for all heads that share it. Included once by each isa_*.cpp inside that set's namespace.
 #pragma once
 
-inline float as_float(float v) { return v; }
-inline float as_float(uint16_t v) { return bf16_to_float(v); }
+constexpr int WIDEST_HEAD = 2048;
+constexpr int HEADS_AT_ONCE = 16;
 
-template <typename Number>  // float, or uint16_t for bfloat16
-void attend_rows(const AttendRows& rows, const AttendState& state) {
-    for (int head = 0; head < state.kv_heads * state.group; head++) {
-        const int kv_head = head / state.group;
-        const Number* q = static_cast<const Number*>(state.q) + int64_t(head) * state.key_width;
-        float p[ATTEND_ROWS], largest = -INFINITY;
+inline void spell_plain(RowKind, int width, const float* q, uint8_t* to) { memcpy(to, q, size_t(width) * sizeof(float)); }
+
+inline void attend_plain(const AttendRows& rows, const AttendState& state) {
+    float row[WIDEST_HEAD], scores[HEADS_AT_ONCE][ATTEND_ROWS];
+    const int key_width = state.key_width, value_width = state.value_width;
+    const int slices = (state.group + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE;
+    for (int slice = 0; slice < state.kv_heads * slices; slice++) {
+        const int kv_head = slice / slices, done = slice % slices * HEADS_AT_ONCE, begin = kv_head * state.group + done;
+        const int heads = state.group - done < HEADS_AT_ONCE ? state.group - done : HEADS_AT_ONCE;
         for (int t = 0; t < rows.count; t++) {
-            const Number* k = reinterpret_cast<const Number*>(rows.k[t]) + int64_t(kv_head) * state.key_width;
-            float sum = 0;
+            const uint8_t* head = rows.k[t] + kv_head * head_bytes(state.keys, key_width);
+            decode_heads(state.keys, key_width, &head, 1, row, 0, false);
+            for (int h = 0; h < heads; h++) {
+                const float* q = reinterpret_cast<const float*>(state.q + (begin + h) * state.query_bytes);
+                float sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < state.key_width; i++) sum += as_float(q[i]) * as_float(k[i]);
-            sum *= state.scale;
-            p[t] = state.softcap > 0 ? state.softcap * tanhf(sum / state.softcap) : sum;
-            largest = p[t] > largest ? p[t] : largest;
+                for (int i = 0; i < key_width; i++) sum += q[i] * row[i];
+                sum *= state.scale;
+                scores[h][t] = state.softcap > 0 ? state.softcap * tanhf(sum / state.softcap) : sum;
+            }
         }
-        float* out = state.out + int64_t(head) * state.value_width;
-        if (largest > state.maximum[head]) {
-            const float shrink = expf(state.maximum[head] - largest);
-            state.maximum[head] = largest;
-            state.weight[head] *= shrink;
-            for (int i = 0; i < state.value_width; i++) out[i] *= shrink;
+        for (int h = 0; h < heads; h++) {
+            float& maximum = state.maximum[begin + h];
+            float largest = maximum;
+            for (int t = 0; t < rows.count; t++) largest = scores[h][t] > largest ? scores[h][t] : largest;
+            if (largest > maximum) {
+                const float shrink = expf(maximum - largest);
+                float* out = state.out + int64_t(begin + h) * value_width;
+                maximum = largest;
+                state.weight[begin + h] *= shrink;
+                for (int i = 0; i < value_width; i++) out[i] *= shrink;
+            }
+            for (int t = 0; t < rows.count; t++) state.weight[begin + h] += scores[h][t] = expf(scores[h][t] - maximum);
         }
         for (int t = 0; t < rows.count; t++) {
-            const Number* v = reinterpret_cast<const Number*>(rows.v[t]) + int64_t(kv_head) * state.value_width;
-            const float weight = expf(p[t] - state.maximum[head]);
-            state.weight[head] += weight;
+            const uint8_t* head = rows.v[t] + kv_head * head_bytes(state.values, value_width);
+            decode_heads(state.values, value_width, &head, 1, row, 0, false);
+            for (int h = 0; h < heads; h++) {
+                float* out = state.out + int64_t(begin + h) * value_width;
+                const float weight = scores[h][t];
 #pragma omp simd
-            for (int i = 0; i < state.value_width; i++) out[i] += weight * as_float(v[i]);
+                for (int i = 0; i < value_width; i++) out[i] += weight * row[i];
+            }
         }
     }
 }

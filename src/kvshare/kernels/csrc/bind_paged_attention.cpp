@@ -28,7 +28,7 @@ void bind_paged_attention(nb::module_& m) {
         .value("LEVELS3", RowKind::LEVELS3)
         .value("LEVELS2", RowKind::LEVELS2);
 
-    m.def("head_bytes", [](RowKind kind, int width) { return head_bytes(kind, width); });
+    m.def("head_bytes", &head_bytes);
 
     // [count, heads] heads of `width` numbers, each row `row_bytes` behind the one before, as numbers to[count, heads, width]
     m.def("decode_rows", [](RowKind kind, uintptr_t rows, int64_t row_bytes, int64_t count, int heads, int width, uintptr_t to, bool bf16) {
@@ -44,12 +44,16 @@ void bind_paged_attention(nb::module_& m) {
         }
     });
 
+    nb::class_<Rotation>(m, "Rotation").def(nb::init<std::vector<float>, std::vector<float>>(), "signs"_a, "matrix"_a);
+    nb::class_<StreamShape>(m, "StreamShape")
+        .def("__init__",
+             [](StreamShape* self, RowKind kind, int width, int64_t row_bytes, int64_t rows_per_page, const Rotation* rotation) {
+                 new (self) StreamShape{kind, width, row_bytes, rows_per_page, rotation ? std::optional<Rotation>(*rotation) : std::nullopt};
+             }, "kind"_a, "width"_a, "row_bytes"_a, "rows_per_page"_a, "rotation"_a.none());
     nb::class_<PagedAttention>(m, "PagedAttention")
         .def("__init__",
-             [](PagedAttention* self, uintptr_t arena, int64_t page_bytes, std::tuple<int64_t, int64_t, int> k, std::tuple<int64_t, int64_t, int> v, int kv_heads,
-                bool bf16) {
-                 new (self) PagedAttention(at<const uint8_t>(arena), page_bytes, {std::get<0>(k), std::get<1>(k), std::get<2>(k)},
-                                           {std::get<0>(v), std::get<1>(v), std::get<2>(v)}, kv_heads, bf16);
+             [](PagedAttention* self, uintptr_t arena, int64_t page_bytes, const StreamShape& k, const StreamShape& v, int kv_heads, bool bf16) {
+                 new (self) PagedAttention(at<const uint8_t>(arena), page_bytes, k, v, kv_heads, bf16);
              }, "arena"_a, "page_bytes"_a, "k"_a, "v"_a, "kv_heads"_a, "bf16"_a)
         .def("attend",
              [](const PagedAttention& self, uintptr_t q, uintptr_t out, int query_heads,

@@ -6,21 +6,26 @@
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 namespace kvshare {
 namespace avx512 {
 #include "blocks.h"
-#include "encode_blocks.h"
 #include "vectors_avx512.h"
 #include "product.h"
 #include "product_avx512.h"
 #include "decode_avx512.h"
 #include "row_decode.h"
 #include "attention.h"
+#include "codes_avx512.h"
+#include "query_avx512.h"
+#include "ahead_avx512.h"
+#include "attention_bf16_avx512.h"
+#include "attention_codes_avx512.h"
 #include "attention_avx512.h"
 #include "lanes_avx512.h"
 #include "tile_kernel.h"
 }  // namespace avx512
-const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::attend_bf16, avx512::attend_rows<float>, avx512::tile_kernel, avx512::encode_row};
+const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::spell_avx512, avx512::attend_avx512, avx512::tile_kernel};
 }  // namespace kvshare

@@ -45,11 +45,13 @@ constexpr int64_t ATTEND_ROWS = 32;  // rows of the cache that one call attends 
 
 // The queries of one sequence and what has been summed up for them so far.
 struct AttendState {
-    const void* q;  // [kv_heads * group, key_width], in the type of the rows
+    const uint8_t* q;  // [kv_heads * group, query_bytes] as `spell` wrote them for `keys`
     float* maximum;  // [kv_heads * group] of the scores
     float* weight;   // [kv_heads * group] sum of exp(score - maximum)
     float* out;      // [kv_heads * group, value_width] sum of exp(score - maximum) * value
+    RowKind keys, values;
     int kv_heads, group, key_width, value_width;
+    int64_t query_bytes;
     float scale, softcap;  // softcap 0: none
 };
 
@@ -59,6 +61,9 @@ struct AttendRows {
     const uint8_t *next_k[ATTEND_ROWS], *next_v[ATTEND_ROWS];
     int count;
 };
+
+// Bytes that one head of a query may take, whatever the keys: four a number, padded to whole pieces, and scalars for each group.
+constexpr int64_t query_bytes(int width) { return int64_t(width + 63) / 64 * 64 * 4 + (groups_of(width) * 8 + 63) / 64 * 64 + 64; }
 
 struct Isa {
     const char* name;
@@ -70,11 +75,10 @@ struct Isa {
     void (*decode)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, void* to, bool bf16);
     // Heads of cached rows as numbers: to[r * stride + i] is number i < width of the head at heads[r], bfloat16 or float32; rotated ones stay rotated.
     void (*decode_heads)(RowKind kind, int width, const uint8_t* const* heads, int count, void* to, int64_t stride, bool bf16);
-    void (*attend_bf16)(const AttendRows& rows, const AttendState& state);
-    void (*attend_fp32)(const AttendRows& rows, const AttendState& state);
+    // One head of a query as this set wants it for keys of some kind: to[query_bytes(width)], which begins at a multiple of 64.
+    void (*spell)(RowKind keys, int width, const float* q, uint8_t* to);
+    void (*attend)(const AttendRows& rows, const AttendState& state);
     TileKernel tile;
-    // One row of k numbers, bfloat16 or float32, as blocks: Q8_0, Q4_1 or Q4_K.
-    void (*encode)(BlockType type, const void* numbers, bool bf16, int64_t k, uint8_t* to);
 };
 
 // The sets that this build knows, best first; `usable` asks the processor. A set for AMX goes in front, with its own file and flags.

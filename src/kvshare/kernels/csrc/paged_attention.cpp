@@ -11,6 +11,7 @@ namespace kvshare {
 
 static constexpr int64_t MOST_PARTS = 64;  // of one sequence
 static constexpr int64_t LEAST_ROWS = 128;  // of a part
+static constexpr int WIDEST = 2048;  // numbers of a head
 static constexpr int64_t SINGLE_THREAD_BYTES = 64 << 10;
 
 static int64_t rows_of_part(int64_t rows) {
@@ -18,22 +19,63 @@ static int64_t rows_of_part(int64_t rows) {
     return std::max(LEAST_ROWS, (even + ATTEND_ROWS - 1) / ATTEND_ROWS * ATTEND_ROWS);
 }
 
+static float number(const void* numbers, bool bf16, int64_t i) {
+    if (!bf16) return static_cast<const float*>(numbers)[i];
+    const uint32_t bits = uint32_t(static_cast<const uint16_t*>(numbers)[i]) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+void PagedAttention::find_rows(const StreamShape& stream, const int32_t* pages, int64_t first_page, int64_t from, int64_t end, const uint8_t** rows) const {
+    int64_t page = from / stream.rows_per_page, place = from % stream.rows_per_page;
+    const uint8_t* at = arena_ + pages[page - first_page] * page_bytes_ + place * stream.row_bytes;
+    for (int64_t i = 0; i < ATTEND_ROWS; i++) {
+        rows[i] = at;
+        if (from + i + 1 >= end) continue;  // beyond the end: the last row again
+        if (++place < stream.rows_per_page) {
+            at += stream.row_bytes;
+        } else {
+            place = 0;
+            at = arena_ + pages[++page - first_page] * page_bytes_;
+        }
+    }
+}
+
 void PagedAttention::attend_rows(const Isa& isa, const Query& query, int64_t begin, int64_t end, const AttendState& state) const {
     AttendRows rows;
-    const auto find = [&](int64_t from, const uint8_t** k, const uint8_t** v) {  // beyond the end: the last row again
-        for (int64_t i = 0; i < ATTEND_ROWS; i++) {
-            const int64_t index = std::min(from + i, end - 1);
-            k[i] = row(k_, query.k_pages, query.k_first_page, index);
-            v[i] = row(v_, query.v_pages, query.v_first_page, index);
-        }
+    const auto find = [&](int64_t from) {
+        find_rows(k_, query.k_pages, query.k_first_page, from, end, rows.next_k);
+        find_rows(v_, query.v_pages, query.v_first_page, from, end, rows.next_v);
     };
-    find(begin, rows.next_k, rows.next_v);
+    find(begin);
     for (int64_t from = begin; from < end; from += ATTEND_ROWS) {
         memcpy(rows.k, rows.next_k, sizeof rows.k);
         memcpy(rows.v, rows.next_v, sizeof rows.v);
-        if (from + ATTEND_ROWS < end) find(from + ATTEND_ROWS, rows.next_k, rows.next_v);
+        if (from + ATTEND_ROWS < end) find(from + ATTEND_ROWS);
         rows.count = int(std::min(ATTEND_ROWS, end - from));
-        (bf16_ ? isa.attend_bf16 : isa.attend_fp32)(rows, state);
+        isa.attend(rows, state);
+    }
+}
+
+void PagedAttention::spell(const Isa& isa, const void* q, int64_t head, uint8_t* to) const {
+    float numbers[WIDEST];
+    for (int i = 0; i < k_.width; i++) numbers[i] = number(q, bf16_, head * k_.width + i);
+    if (k_.rotation) k_.rotation->apply(numbers);  // keys stay as they are: rotating both keeps their products
+    isa.spell(k_.kind, k_.width, numbers, to);
+}
+
+void PagedAttention::finish(float* numbers, float factor, void* out, int64_t head) const {
+    for (int i = 0; i < v_.width; i++) numbers[i] *= factor;
+    if (v_.rotation) v_.rotation->undo(numbers);
+    for (int i = 0; i < v_.width; i++) {
+        if (bf16_) {
+            uint32_t bits;
+            memcpy(&bits, numbers + i, 4);
+            static_cast<uint16_t*>(out)[head * v_.width + i] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+        } else {
+            static_cast<float*>(out)[head * v_.width + i] = numbers[i];
+        }
     }
 }
 
@@ -55,15 +97,24 @@ void PagedAttention::attend(
     }
     first_part.push_back(int64_t(parts.size()));
 
-    const int64_t value_width = v_.width, size = bf16_ ? 2 : 4, floats = query_heads * (value_width + 2);
+    const int64_t value_width = v_.width, floats = query_heads * (value_width + 2);
     static thread_local std::vector<float> kept;  // of each part: sums [query_heads, value_width], maxima and weights [query_heads]
     kept.resize(parts.size() * size_t(floats));
     float* partial = kept.data();
+    struct alignas(64) Line {
+        uint8_t bytes[64];
+    };
+    const int64_t head_bytes = query_bytes(k_.width), heads = int64_t(queries.size()) * query_heads;
+    static thread_local std::vector<Line> kept_queries;  // [queries, query_heads, head_bytes]
+    kept_queries.resize(size_t(heads * head_bytes / 64));
+    uint8_t* spelled = kept_queries.data()->bytes;
     std::atomic<int64_t> next{0};
     const bool alone = total_rows * (k_.row_bytes + v_.row_bytes) < SINGLE_THREAD_BYTES;
 
 #pragma omp parallel num_threads(alone ? 1 : omp_get_max_threads())
     {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < heads; i++) spell(isa, q, queries[size_t(i / query_heads)].row * query_heads + i % query_heads, spelled + i * head_bytes);
         for (int64_t i = next++; i < int64_t(parts.size()); i = next++) {
             const Part& part = parts[size_t(i)];
             float* sums = partial + i * floats;
@@ -71,35 +122,27 @@ void PagedAttention::attend(
             std::fill(sums, maxima, 0.0f);
             std::fill(maxima, weights, -INFINITY);
             std::fill(weights, weights + query_heads, 0.0f);
-            const auto* row = static_cast<const uint8_t*>(q) + part.query->row * query_heads * k_.width * size;
-            attend_rows(isa, *part.query, part.begin, part.end, {row, maxima, weights, sums, kv_heads_, query_heads / kv_heads_, k_.width, v_.width, scale, softcap});
+            const uint8_t* spelled_query = spelled + (part.query - queries.data()) * query_heads * head_bytes;
+            attend_rows(
+                isa, *part.query, part.begin, part.end,
+                {spelled_query, maxima, weights, sums, k_.kind, v_.kind, kv_heads_, query_heads / kv_heads_, k_.width, v_.width, head_bytes, scale, softcap}
+            );
         }
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < int64_t(queries.size()) * query_heads; i++) {
+        for (int64_t i = 0; i < heads; i++) {
             const int64_t s = i / query_heads, head = i % query_heads;
             float maximum = sinks ? sinks[head] : -INFINITY, weight = 0;
             for (int64_t p = first_part[size_t(s)]; p < first_part[size_t(s) + 1]; p++) maximum = std::max(maximum, partial[p * floats + query_heads * value_width + head]);
             if (sinks) weight = expf(sinks[head] - maximum);
-            float sums[2048] = {};
+            float sums[WIDEST] = {};
             for (int64_t p = first_part[size_t(s)]; p < first_part[size_t(s) + 1]; p++) {
                 const float* at = partial + p * floats;
                 const float share = expf(at[query_heads * value_width + head] - maximum);
                 weight += share * at[query_heads * (value_width + 1) + head];
                 for (int64_t c = 0; c < value_width; c++) sums[c] += share * at[head * value_width + c];
             }
-            const int64_t to = (queries[size_t(s)].row * query_heads + head) * value_width;
-            const float inverse = weight > 0 ? 1.0f / weight : 0.0f;
-            for (int64_t c = 0; c < value_width; c++) {
-                const float value = sums[c] * inverse;
-                if (bf16_) {
-                    uint32_t bits;
-                    memcpy(&bits, &value, 4);
-                    static_cast<uint16_t*>(out)[to + c] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-                } else {
-                    static_cast<float*>(out)[to + c] = value;
-                }
-            }
+            finish(sums, weight > 0 ? 1.0f / weight : 0.0f, out, queries[size_t(s)].row * query_heads + head);
         }
     }
 }

@@ -1,16 +1,21 @@
 // Attention of one query a sequence straight from the arena's pages: no row is copied.
 #pragma once
 #include <cstdint>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
+#include "rotation.h"
 
 namespace kvshare {
 
 // Rows of one stream: row i is row i % rows_per_page of page table[i / rows_per_page - first_page].
 struct StreamShape {
-    int64_t row_bytes, rows_per_page;
+    RowKind kind;
     int width;  // numbers a head
+    int64_t row_bytes, rows_per_page;
+    std::optional<Rotation> rotation;  // what was done to the heads before they were stored
 };
 
 struct Query {
@@ -25,17 +30,17 @@ struct Query {
 class PagedAttention {
   public:
     PagedAttention(const uint8_t* arena, int64_t page_bytes, StreamShape k, StreamShape v, int kv_heads, bool bf16)
-        : arena_(arena), page_bytes_(page_bytes), k_(k), v_(v), kv_heads_(kv_heads), bf16_(bf16) {}
+        : arena_(arena), page_bytes_(page_bytes), k_(std::move(k)), v_(std::move(v)), kv_heads_(kv_heads), bf16_(bf16) {}
 
-    // out[query.row] = softmax(scale * q[query.row] . k) v. q is [tokens, query_heads, key width] and out [tokens, query_heads, value width], in the type
-    // of the rows; sinks [query_heads] float32 or null. A sequence is cut the same way whatever else runs beside it, and whatever the number of threads.
+    // out[query.row] = softmax(scale * q[query.row] . k) v. q is [tokens, query_heads, key width] and out [tokens, query_heads, value width], bfloat16
+    // or float32; sinks [query_heads] float32 or null. A sequence is cut the same way whatever else runs beside it, and whatever the number of threads.
     void attend(const Isa& isa, const void* q, void* out, int query_heads, const std::vector<Query>& queries, float scale, float softcap, const float* sinks) const;
 
   private:
     void attend_rows(const Isa& isa, const Query& query, int64_t begin, int64_t end, const AttendState& state) const;
-    const uint8_t* row(const StreamShape& stream, const int32_t* pages, int64_t first_page, int64_t index) const {
-        return arena_ + pages[index / stream.rows_per_page - first_page] * page_bytes_ + index % stream.rows_per_page * stream.row_bytes;
-    }
+    void find_rows(const StreamShape& stream, const int32_t* pages, int64_t first_page, int64_t from, int64_t end, const uint8_t** rows) const;
+    void spell(const Isa& isa, const void* q, int64_t head, uint8_t* to) const;  // head: of all rows of q
+    void finish(float* numbers, float factor, void* out, int64_t head) const;   // numbers [value width] are changed
 
     const uint8_t* arena_;
     int64_t page_bytes_;

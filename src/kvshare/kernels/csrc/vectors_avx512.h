@@ -20,3 +20,9 @@ inline __m512 sums_of(const __m512* v) {
     }
     return _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
 }
+
+// f(0), f(1), ... f(Count - 1), each with its index as a constant: arrays that are only indexed so stay in registers, which loops do not promise.
+template <int Count, typename F>
+[[gnu::always_inline]] inline void each(F&& f) {
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) { (f(std::integral_constant<int, I>()), ...); }(std::make_integer_sequence<int, Count>());
+}

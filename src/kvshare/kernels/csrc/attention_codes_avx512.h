@@ -1,0 +1,384 @@
+// Scores of and sums over encoded rows for AVX512 with VNNI: codes meet integers where they are read, and become float32 only as sums. Keys are
+// turned so that lanes are rows, values so that lanes are columns; both are read once for all the heads of a slice.
+#pragma once
+
+#define INLINE __attribute__((always_inline))  // of a lambda: what it captures stays in registers
+
+inline __m512i broadcast(const void* four) {
+    int32_t value;
+    memcpy(&value, four, 4);
+    return _mm512_set1_epi32(value);
+}
+
+// scores[h * ATTEND_ROWS + t] = q[h] . k[t]
+template <RowKind Kind, int Heads>
+void score_rows(const uint8_t* q, int64_t query_bytes, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& ahead, float* scores) {
+    using Form = Codes<Kind>;
+    using Spelled = SpelledQuery<Kind>;
+    constexpr int passes = Spelled::passes;
+    const Form codes = Form::without_signs();
+    const int64_t bytes = code_bytes(Kind, width);
+    const int chunks = (width + Form::numbers - 1) / Form::numbers;
+    alignas(64) float scales[ATTEND_ROWS];
+    row_scales(k, offset + bytes, scales);
+    for (int t = 0; t < count; t += 16) {
+        __m512i sums[passes][Heads];
+        each<Heads>([&](auto h) INLINE { each<passes>([&](auto pass) INLINE { sums[pass][h] = _mm512_set1_epi32(Spelled(q + h * query_bytes, width).minus[pass]); }); });
+        for (int chunk = 0; chunk < chunks; chunk++) {
+            __m512i tile[4];
+            row_tile(codes, k + t, offset + int64_t(chunk) * Form::step, Form::mask(bytes, chunk), tile);
+            ahead.ask();
+            const uint8_t* at = q + chunk * Form::numbers;
+            const int64_t low = Spelled::padded(width);
+            each<Form::fields>([&](auto field) INLINE {
+                each<4>([&](auto j) INLINE {
+                    const __m512i four = codes.template bytes<field>(tile[j]);
+                    each<Heads>([&](auto h) INLINE {
+                        each<passes>([&](auto pass) INLINE {
+                            sums[pass][h] = _mm512_dpbusd_epi32(sums[pass][h], four, broadcast(at + h * query_bytes + pass * low + field * 16 + 4 * j));
+                        });
+                    });
+                });
+            });
+        }
+        const __m512 scale = _mm512_load_ps(scales + t);
+        each<Heads>([&](auto h) INLINE {
+            __m512 sum = _mm512_cvtepi32_ps(sums[0][h]);
+            if constexpr (passes == 2) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[1][h]));
+            const float unit = *Spelled(q + h * query_bytes, width).scale;
+            _mm512_store_ps(scores + h * ATTEND_ROWS + t, _mm512_mul_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(unit))));
+        });
+    }
+}
+
+// The same for INT4: sums of a group meet its scale, and its minimum the sum of the query.
+template <int Heads>
+void score_groups(const uint8_t* q, int64_t query_bytes, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& ahead, float* scores) {
+    using Form = Codes<RowKind::INT4>;
+    using Spelled = SpelledQuery<RowKind::INT4>;
+    static_assert(Form::numbers == INT4_GROUP);
+    const Form codes = Form::without_signs();
+    const int64_t bytes = code_bytes(RowKind::INT4, width);
+    const int groups = groups_of(width);
+    alignas(64) float scalars[2 * (WIDEST_HEAD / INT4_GROUP) * ATTEND_ROWS];
+    group_scalars(k, offset + bytes, 2 * groups, scalars);
+    for (int t = 0; t < count; t += 16) {
+        __m512 scores_of[Heads];
+        each<Heads>([&](auto h) INLINE { scores_of[h] = _mm512_setzero_ps(); });
+        for (int g = 0; g < groups; g++) {
+            __m512i tile[4], sums[Heads];
+            row_tile(codes, k + t, offset + 16 * g, Form::mask(bytes, g), tile);
+            ahead.ask();
+            each<Heads>([&](auto h) INLINE { sums[h] = _mm512_setzero_si512(); });
+            const uint8_t* at = q + 32 * g;
+            each<4>([&](auto j) INLINE {
+                const __m512i even = codes.bytes<0>(tile[j]), odd = codes.bytes<1>(tile[j]);
+                each<Heads>([&](auto h) INLINE {
+                    sums[h] = _mm512_dpbusd_epi32(sums[h], even, broadcast(at + h * query_bytes + 4 * j));
+                    sums[h] = _mm512_dpbusd_epi32(sums[h], odd, broadcast(at + h * query_bytes + 16 + 4 * j));
+                });
+            });
+            const __m512 scale = _mm512_load_ps(scalars + g * ATTEND_ROWS + t), minimum = _mm512_load_ps(scalars + (groups + g) * ATTEND_ROWS + t);
+            each<Heads>([&](auto h) INLINE {
+                const Spelled query(q + h * query_bytes, width);
+                scores_of[h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[h]), _mm512_mul_ps(scale, _mm512_set1_ps(query.scale[g])), scores_of[h]);
+                scores_of[h] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(query.sum[g]), scores_of[h]);
+            });
+        }
+        each<Heads>([&](auto h) INLINE { _mm512_store_ps(scores + h * ATTEND_ROWS + t, scores_of[h]); });
+    }
+}
+
+// The same for FP8, in pairs of bfloat16.
+template <int Heads>
+void score_eighths(const uint8_t* q, int64_t query_bytes, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& ahead, float* scores) {
+    using Form = Codes<RowKind::FP8>;
+    const Form codes = Form::without_signs();
+    static const EighthFloats tables;
+    const EighthFloats floats = tables;
+    alignas(64) float scales[ATTEND_ROWS];
+    row_scales(k, offset + width, scales);
+    for (int t = 0; t < count; t += 16) {
+        __m512 sums[2][Heads];
+        each<Heads>([&](auto h) INLINE { sums[0][h] = sums[1][h] = _mm512_setzero_ps(); });
+        for (int chunk = 0; chunk < (width + 15) / 16; chunk++) {
+            __m512i tile[4];
+            row_tile(codes, k + t, offset + 16 * chunk, Form::mask(width, chunk), tile);
+            ahead.ask();
+            each<4>([&](auto j) INLINE {
+                __m512bh even, odd;
+                floats.pairs(tile[j], &even, &odd);
+                const uint8_t* at = q + 32 * chunk + 8 * j;
+                each<Heads>([&](auto h) INLINE {
+                    sums[0][h] = _mm512_dpbf16_ps(sums[0][h], even, (__m512bh)broadcast(at + h * query_bytes));
+                    sums[1][h] = _mm512_dpbf16_ps(sums[1][h], odd, (__m512bh)broadcast(at + h * query_bytes + 4));
+                });
+            });
+        }
+        const __m512 scale = _mm512_load_ps(scales + t);
+        each<Heads>([&](auto h) INLINE { _mm512_store_ps(scores + h * ATTEND_ROWS + t, _mm512_mul_ps(_mm512_add_ps(sums[0][h], sums[1][h]), scale)); });
+    }
+}
+
+// Sums of the columns that the fields of a byte hold, side by side again: field f of lane c is column fields * c + f.
+template <int Fields>
+inline void side_by_side(__m512* x) {
+    if constexpr (Fields == 1) return;
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0), high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const auto zip = [&](__m512& a, __m512& b) {
+        const __m512 first = _mm512_permutex2var_ps(a, low, b);
+        b = _mm512_permutex2var_ps(a, high, b);
+        a = first;
+    };
+    if constexpr (Fields == 2) zip(x[0], x[1]);
+    if constexpr (Fields == 4) {  // (0 2) and (1 3), then those with each other
+        zip(x[0], x[2]);
+        zip(x[1], x[3]);
+        zip(x[0], x[1]);
+        zip(x[2], x[3]);
+    }
+}
+
+template <int Fields>
+inline void add_columns(const __m512* sums, int column, int width, float* out) {
+    each<Fields>([&](auto f) INLINE {
+        const int left = width - column - 16 * f;
+        const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? __mmask16((1 << left) - 1) : 0;
+        float* at = out + column + 16 * f;
+        _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), sums[f]));
+    });
+}
+
+// The weights of a block of rows as integers of 8 or 16 bits, in bytes: the largest is 255 or 65,535.
+template <int Passes>
+struct Weights {
+    alignas(32) uint8_t bytes[Passes][ATTEND_ROWS];  // the upper bytes, then the lower ones
+    float unit;
+
+    void set(__m512 first, __m512 second) {
+        constexpr float largest = Passes == 2 ? 65535.0f : 255.0f;
+        const float top = _mm512_reduce_max_ps(_mm512_max_ps(first, second));
+        unit = top / largest;
+        const __m512 inverse = _mm512_set1_ps(top > 1e-30f ? largest / top : 0.0f);
+        const __m512 both[2] = {first, second};
+        for (int i = 0; i < 2; i++) {
+            const __m512i w = _mm512_cvtps_epi32(_mm512_mul_ps(both[i], inverse));
+            if constexpr (Passes == 2) _mm_store_si128(reinterpret_cast<__m128i*>(bytes[0] + 16 * i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(w, 8)));
+            _mm_store_si128(reinterpret_cast<__m128i*>(bytes[Passes - 1] + 16 * i), _mm512_cvtepi32_epi8(w));
+        }
+    }
+};
+
+// out[h] += sum over t of p[h][t] * v[t]
+template <RowKind Kind, int Heads>
+void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& ahead, float* out) {
+    using Form = Codes<Kind>;
+    constexpr int passes = Kind == RowKind::INT8 ? 2 : 1, fields = Form::fields;
+    if constexpr (Heads * passes * fields > 16) {  // registers for the sums
+        sum_rows<Kind, Heads / 2>(p, width, v, offset, count, ahead, out);
+        sum_rows<Kind, Heads - Heads / 2>(p + Heads / 2 * ATTEND_ROWS, width, v, offset, count, ahead, out + int64_t(Heads / 2) * width);
+        return;
+    } else {
+        const Form codes = Form::with_signs();
+        const __m512i order = column_order();
+        const int64_t bytes = code_bytes(Kind, width);
+        alignas(64) float scales[ATTEND_ROWS];
+        row_scales(v, offset + bytes, scales);
+        Weights<passes> weights[Heads];
+        const __m512 scale[2] = {_mm512_load_ps(scales), _mm512_load_ps(scales + 16)};
+        for (int h = 0; h < Heads; h++)
+            weights[h].set(_mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS), scale[0]), _mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16), scale[1]));
+        for (int column = 0, chunk = 0; column < width; column += Form::numbers, chunk++) {
+            const __mmask16 mask = Form::mask(bytes, chunk);
+            __m512i sums[passes][Heads][fields];
+            each<passes>([&](auto pass) INLINE { each<Heads>([&](auto h) INLINE { each<fields>([&](auto f) INLINE { sums[pass][h][f] = _mm512_setzero_si512(); }); }); });
+            for (int t = 0; t < count; t += 4) {
+                const __m512i tile = column_tile(codes, order, v + t, offset + int64_t(chunk) * Form::step, mask);
+                ahead.ask();
+                __m512i four[fields];
+                each<fields>([&](auto f) INLINE { four[f] = codes.template bytes<f>(tile); });
+                each<Heads>([&](auto h) INLINE {
+                    each<passes>([&](auto pass) INLINE {
+                        const __m512i w = broadcast(weights[h].bytes[pass] + t);
+                        each<fields>([&](auto f) INLINE { sums[pass][h][f] = _mm512_dpbusd_epi32(sums[pass][h][f], w, four[f]); });
+                    });
+                });
+            }
+            each<Heads>([&](auto h) INLINE {
+                __m512 numbers[fields];
+                const __m512 unit = _mm512_set1_ps(weights[h].unit / Form::levels_unit);
+                each<fields>([&](auto f) INLINE {
+                    __m512i sum = sums[0][h][f];
+                    if constexpr (passes == 2) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), sums[1][h][f]);
+                    numbers[f] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit);
+                });
+                side_by_side<fields>(numbers);
+                add_columns<fields>(numbers, column, width, out + int64_t(h) * width);
+            });
+        }
+    }
+}
+
+inline __m512i words_of(const float* numbers, float largest, float top) {  // 32 numbers up to `top`, as 16-bit integers up to `largest`
+    const __m512 inverse = _mm512_set1_ps(top > 1e-30f ? largest / top : 0.0f);
+    const __m256i first = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(numbers), inverse)));
+    const __m256i second = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(numbers + 16), inverse)));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+
+inline float largest_of(const float* numbers) { return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_load_ps(numbers), _mm512_load_ps(numbers + 16))); }
+
+// The same for INT4: the weight of a row is another one for each group, the product of two integers of 16 bits of which 8 are kept.
+template <int Heads>
+void sum_groups(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& ahead, float* out) {
+    using Form = Codes<RowKind::INT4>;
+    const Form codes = Form::with_signs();
+    const __m512i order = column_order();
+    const int64_t bytes = code_bytes(RowKind::INT4, width);
+    const int groups = groups_of(width);
+    alignas(64) float scalars[2 * (WIDEST_HEAD / INT4_GROUP) * ATTEND_ROWS];
+    group_scalars(v, offset + bytes, 2 * groups, scalars);
+    constexpr float most = 65535.0f, of_scales = 255.0f * 256.0f;  // the upper byte of a product, rounded, is at most 255
+    __m512i weights[Heads];
+    float tops[Heads];
+    for (int h = 0; h < Heads; h++) {
+        tops[h] = largest_of(p + h * ATTEND_ROWS);
+        weights[h] = words_of(p + h * ATTEND_ROWS, most, tops[h]);
+    }
+    for (int g = 0; g < groups; g++) {
+        const float *scales = scalars + g * ATTEND_ROWS, *minima = scalars + (groups + g) * ATTEND_ROWS;
+        const float top = largest_of(scales);
+        const __m512i words = words_of(scales, of_scales, top);
+        alignas(32) uint8_t of_group[Heads][ATTEND_ROWS];
+        __m512 shares[16];
+        for (int h = 0; h < Heads; h++) {
+            const __m512i w = _mm512_adds_epu16(_mm512_mulhi_epu16(weights[h], words), _mm512_set1_epi16(128));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(of_group[h]), _mm512_cvtepi16_epi8(_mm512_srli_epi16(w, 8)));
+            const __m512 share = _mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS), _mm512_load_ps(minima));
+            shares[h] = _mm512_fmadd_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16), _mm512_load_ps(minima + 16), share);
+        }
+        for (int h = Heads; h < 16; h++) shares[h] = _mm512_setzero_ps();
+        alignas(64) float rest[16];
+        _mm512_store_ps(rest, sums_of(shares));
+        const __mmask16 mask = Form::mask(bytes, g);
+        __m512i sums[Heads][2];
+        each<Heads>([&](auto h) INLINE { sums[h][0] = sums[h][1] = _mm512_setzero_si512(); });
+        for (int t = 0; t < count; t += 4) {
+            const __m512i tile = column_tile(codes, order, v + t, offset + 16 * g, mask);
+            ahead.ask();
+            const __m512i even = codes.bytes<0>(tile), odd = codes.bytes<1>(tile);
+            each<Heads>([&](auto h) INLINE {
+                const __m512i w = broadcast(of_group[h] + t);
+                sums[h][0] = _mm512_dpbusd_epi32(sums[h][0], w, even);
+                sums[h][1] = _mm512_dpbusd_epi32(sums[h][1], w, odd);
+            });
+        }
+        each<Heads>([&](auto h) INLINE {
+            const __m512 unit = _mm512_set1_ps(tops[h] * top * (65536.0f * 256.0f / (most * of_scales))), base = _mm512_set1_ps(rest[h]);
+            __m512 numbers[2];
+            each<2>([&](auto f) INLINE { numbers[f] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[h][f]), unit, base); });
+            side_by_side<2>(numbers);
+            add_columns<2>(numbers, 32 * g, width, out + int64_t(h) * width);
+        });
+    }
+}
+
+// The same for FP8, in pairs of bfloat16.
+template <int Heads>
+void sum_eighths(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& ahead, float* out) {
+    using Form = Codes<RowKind::FP8>;
+    const Form codes = Form::with_signs();
+    static const EighthFloats tables;
+    const EighthFloats floats = tables;
+    const __m512i order = column_order();
+    alignas(64) float scales[ATTEND_ROWS];
+    row_scales(v, offset + width, scales);
+    alignas(64) uint16_t weights[Heads][ATTEND_ROWS];  // of four rows first 0 and 2, then 1 and 3
+    for (int h = 0; h < Heads; h++) {
+        __m512 w[2];
+        for (int i = 0; i < 2; i++) w[i] = _mm512_permute_ps(_mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16 * i), _mm512_load_ps(scales + 16 * i)), 0xd8);
+        _mm512_store_si512(weights[h], (__m512i)_mm512_cvtne2ps_pbh(w[1], w[0]));
+    }
+    for (int column = 0; column < width; column += 16) {
+        const __mmask16 mask = Form::mask(width, column / 16);
+        __m512 sums[2][Heads];
+        each<Heads>([&](auto h) INLINE { sums[0][h] = sums[1][h] = _mm512_setzero_ps(); });
+        for (int t = 0; t < count; t += 4) {
+            __m512bh even, odd;
+            floats.pairs(column_tile(codes, order, v + t, offset + column, mask), &even, &odd);
+            ahead.ask();
+            each<Heads>([&](auto h) INLINE {
+                sums[0][h] = _mm512_dpbf16_ps(sums[0][h], even, (__m512bh)broadcast(weights[h] + t));
+                sums[1][h] = _mm512_dpbf16_ps(sums[1][h], odd, (__m512bh)broadcast(weights[h] + t + 2));
+            });
+        }
+        each<Heads>([&](auto h) INLINE {
+            const __m512 sum = _mm512_add_ps(sums[0][h], sums[1][h]);
+            add_columns<1>(&sum, column, width, out + int64_t(h) * width);
+        });
+    }
+}
+
+using ScoreRows = void (*)(const uint8_t* q, int64_t query_bytes, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& ahead, float* scores);
+using SumRows = void (*)(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& ahead, float* out);
+
+// The functions for 1 ... HEADS_TOGETHER heads.
+template <RowKind Kind, int... Before>
+inline ScoreRows score_of(int heads, std::integer_sequence<int, Before...>) {
+    if constexpr (Kind == RowKind::INT4) {
+        static constexpr ScoreRows all[] = {score_groups<Before + 1>...};
+        return all[heads - 1];
+    } else if constexpr (Kind == RowKind::FP8) {
+        static constexpr ScoreRows all[] = {score_eighths<Before + 1>...};
+        return all[heads - 1];
+    } else {
+        static constexpr ScoreRows all[] = {score_rows<Kind, Before + 1>...};
+        return all[heads - 1];
+    }
+}
+
+template <RowKind Kind, int... Before>
+inline SumRows sum_of(int heads, std::integer_sequence<int, Before...>) {
+    if constexpr (Kind == RowKind::INT4) {
+        static constexpr SumRows all[] = {sum_groups<Before + 1>...};
+        return all[heads - 1];
+    } else if constexpr (Kind == RowKind::FP8) {
+        static constexpr SumRows all[] = {sum_eighths<Before + 1>...};
+        return all[heads - 1];
+    } else {
+        static constexpr SumRows all[] = {sum_rows<Kind, Before + 1>...};
+        return all[heads - 1];
+    }
+}
+
+using UpToEight = std::make_integer_sequence<int, HEADS_TOGETHER>;
+
+inline ScoreRows score_codes(RowKind kind, int heads) {
+    switch (kind) {
+        case RowKind::INT4: return score_of<RowKind::INT4>(heads, UpToEight());
+        case RowKind::FP8: return score_of<RowKind::FP8>(heads, UpToEight());
+        case RowKind::LEVELS4: return score_of<RowKind::LEVELS4>(heads, UpToEight());
+        case RowKind::LEVELS3: return score_of<RowKind::LEVELS3>(heads, UpToEight());
+        case RowKind::LEVELS2: return score_of<RowKind::LEVELS2>(heads, UpToEight());
+        default: return score_of<RowKind::INT8>(heads, UpToEight());
+    }
+}
+
+inline SumRows sum_codes(RowKind kind, int heads) {
+    switch (kind) {
+        case RowKind::INT4: return sum_of<RowKind::INT4>(heads, UpToEight());
+        case RowKind::FP8: return sum_of<RowKind::FP8>(heads, UpToEight());
+        case RowKind::LEVELS4: return sum_of<RowKind::LEVELS4>(heads, UpToEight());
+        case RowKind::LEVELS3: return sum_of<RowKind::LEVELS3>(heads, UpToEight());
+        case RowKind::LEVELS2: return sum_of<RowKind::LEVELS2>(heads, UpToEight());
+        default: return sum_of<RowKind::INT8>(heads, UpToEight());
+    }
+}
+
+// How often these ask for rows ahead in a whole block, for one slice of heads.
+inline int pieces_of(RowKind kind, int width) {
+    const int numbers = bits_of(kind) == 3 ? 16 : 16 * 8 / bits_of(kind);
+    return (width + numbers - 1) / numbers;
+}
+inline int score_codes_asks(RowKind kind, int width) { return pieces_of(kind, width) * (ATTEND_ROWS / 16); }
+inline int sum_codes_asks(RowKind kind, int width) { return pieces_of(kind, width) * (ATTEND_ROWS / 4); }
