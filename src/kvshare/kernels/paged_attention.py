@@ -30,14 +30,14 @@ class Query(NamedTuple):
 class PagedAttention:
     """Attention to the rows of one owner: keys in one stream, values in another or the same.
 
-    Rows hold `kv_heads` vectors one behind the other, spelled as `keys` and `values` say, and are decoded in registers: codes meet the
-    query and the weights as integers. Rounded on the way, per head: the query, to 16 bits of its largest number for keys of 8 bits, to 8 bits for
-    keys of fewer (in INT4 of its group's largest); the weights of 32 rows, to 16 or 8 bits of the largest of them likewise; and what the rotated codecs
-    call levels, to multiples of 1/127 of the largest level. Instruction sets below AVX512 round nothing. Rotated rows stay rotated: the query is
-    rotated instead, and the output back.
+    Rows hold `kv_heads` vectors one behind the other, spelled as `kinds` say, and are decoded in registers: codes meet the
+    query and the weights as integers. Rounded on the way, per head: the query, to 16 bits of its largest number for keys of 8 bits, to
+    8 bits for keys of fewer (in INT4 of its group's largest); the weights of 32 rows, to 16 or 8 bits of the largest of them likewise;
+    and what the rotated codecs call levels, to multiples of 1/127 of the largest level. With FP8 both become bfloat16. Instruction sets
+    below AVX512 round nothing. Rotated rows stay rotated: the query is rotated instead, and the output back.
 
-    Each sequence is cut in parts, which all threads share and whose sums are then merged (Dao et al. 2023, "Flash-Decoding"). The cut depends
-    on the sequence's own length alone: neither the batch nor the number of threads changes a bit of the result.
+    Each sequence is cut in parts, which all threads share and whose sums are then merged (Dao et al. 2023, "Flash-Decoding"). The cut
+    depends on the sequence's own length alone: neither the batch nor the number of threads changes a bit of the result.
     """
 
     def __init__(self, arena: Arena, kv_heads: int, widths: tuple[int, int], kinds: tuple[RowKind, RowKind], dtype: torch.dtype):
