@@ -113,8 +113,8 @@ def _row(context: int, batch: int, ttft: float, decode_seconds: float, decoded: 
 
 ENGINES: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "kvshare": run_kvshare,
-    "kvshare-bf16": partial(run_kvshare, weights="full"),
-    "kvshare-torch": partial(run_kvshare, weights="full"),  # and without the native kernels
+    "kvshare-bf16": partial(run_kvshare, weights="bf16"),
+    "kvshare-torch": partial(run_kvshare, weights="bf16"),  # and without the native kernels
     "kvshare-int8": partial(run_kvshare, weights="int8"),
     "kvshare-int4": partial(run_kvshare, weights="int4"),
     "transformers": run_transformers,

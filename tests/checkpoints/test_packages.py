@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvshare.checkpoints import packages
-from kvshare.checkpoints.packages import WeightPackage, cache_directory, join, packaged_file
+from kvshare.checkpoints.packages import WeightPackage, join, packaged_file
+from kvshare.checkpoints.user_cache import cache_directory
 from kvshare.errors import CheckpointError
 
 PARTS = [b"first part, ", b"second part"]

@@ -65,7 +65,7 @@ def test_perplexity_of_pretrained_weights_equals_transformers_to_three_digits(na
         path = locate(name)
     except CheckpointError as error:
         pytest.skip(str(error))
-    llm = LLM(path, dtype="float32", weights="full", max_context=1024, max_sequences=1, progress=False)
+    llm = LLM(path, dtype="float32", max_context=1024, max_sequences=1, progress=False)
     windows = text_windows(llm.tokenizer, sample_text(), 1024)[:2]
     found = perplexity(llm.model, windows).perplexity
     del llm

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
@@ -18,6 +20,11 @@ class Checkpoint(Protocol):
     @property
     def origin(self) -> str:
         """Which files these are, for people."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
         ...
 
     @property

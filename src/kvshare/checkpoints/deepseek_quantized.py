@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from kvshare.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
@@ -41,9 +43,9 @@ def open_block_scaled(checkpoint: SafetensorsDirectory, quantization: Mapping[st
 class BlockScaledDirectory:
     """A directory of safetensors whose quantized tensors appear as plain numbers; their scales do not appear."""
 
-    def __init__(self, files: SafetensorsDirectory, block: tuple[int, int]):
-        self.files, self.block = files, block
-        names = files.names()
+    def __init__(self, directory: SafetensorsDirectory, block: tuple[int, int]):
+        self._directory, self.block = directory, block
+        names = directory.names()
         self._scale_of: dict[str, str] = {}
         for ending in _SCALE_NAMES:
             self._scale_of |= {
@@ -54,49 +56,53 @@ class BlockScaledDirectory:
 
     @property
     def origin(self) -> str:
-        return self.files.origin
+        return self._directory.origin
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._directory.files
 
     @property
     def config(self) -> dict[str, Any]:
-        return self.files.config
+        return self._directory.config
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        return self.files.generation_config
+        return self._directory.generation_config
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        return self.files.skipped
+        return self._directory.skipped
 
     def names(self) -> frozenset[str]:
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape = self.files.shape(name)
+        shape = self._directory.shape(name)
         return (*shape[:-1], 2 * shape[-1]) if self._is_fp4(name) else shape
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self._scale_of:
-            return self.files.get(name, dtype)
-        values, scale = self.files.get(name), self.files.get(self._scale_of[name])
+            return self._directory.get(name, dtype)
+        values, scale = self._directory.get(name), self._directory.get(self._scale_of[name])
         return (dequantize_fp4(values, scale) if self._is_fp4(name) else dequantize_fp8(values, scale, self.block)).to(dtype)
 
     def packed(self, name: str) -> PackedBlocks | None:
-        return self.files.packed(name)
+        return self._directory.packed(name)
 
     def tokenizer(self) -> Tokenizer:
-        return self.files.tokenizer()
+        return self._directory.tokenizer()
 
     def _is_fp4(self, name: str) -> bool:
-        return name in self._scale_of and self.files.dtype(name) in _FP4_DTYPES
+        return name in self._scale_of and self._directory.dtype(name) in _FP4_DTYPES
 
     def _check_scales(self) -> None:
         for name in self._names:
-            dtype = self.files.dtype(name)
+            dtype = self._directory.dtype(name)
             if dtype.startswith("F8") and name not in self._scale_of:
                 raise CheckpointError(f"{self.origin}: {name} is {dtype} and has no scale beside it ({' or '.join(_SCALE_NAMES)})")
         for name, scale in self._scale_of.items():
-            shape, found, dtype = self.shape(name), self.files.shape(scale), self.files.dtype(name)
+            shape, found, dtype = self.shape(name), self._directory.shape(scale), self._directory.dtype(name)
             if dtype != "F8_E4M3" and dtype not in _FP4_DTYPES:
                 raise CheckpointError(f"{self.origin}: {name} has a scale, but is {dtype}: what loads is F8_E4M3, and FP4 packed in I8")
             block = (1, _FP4_GROUP) if self._is_fp4(name) else self.block

@@ -41,6 +41,10 @@ class GGUFCheckpoint:
         return str(self.path)
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    @property
     def generation_config(self) -> dict[str, Any]:
         metadata = self._header.metadata
         found = {ours: metadata.get(f"general.sampling.{theirs}") for theirs, ours in _SAMPLING.items()}

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from kvshare.checkpoints.progress import progress_bar
+from kvshare.checkpoints.user_cache import cache_directory
 from kvshare.errors import CheckpointError
 
 _BLOCK = 1 << 20
@@ -53,13 +54,6 @@ def packaged_file(name: str) -> Path:
     package = PACKAGES[name]
     parts = [_file_of(owner, file, package) for owner, file in package.parts]
     return parts[0] if len(parts) == 1 else join(parts, cache_directory() / package.joined_name, package.sha256)
-
-
-def cache_directory() -> Path:
-    """Where kvshare keeps what it can make again: `$KVSHARE_CACHE`, else `kvshare` in the user's cache."""
-    if own := os.environ.get("KVSHARE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvshare"
 
 
 def join(parts: list[Path], target: Path, digest: str) -> Path:

@@ -1,4 +1,4 @@
-"""A progress bar for work that may be over before anybody would have looked at it."""
+"""Telling people who wait what is being done: a line, and a bar for work that may be over before anybody would have looked at it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,31 @@ from contextlib import contextmanager
 Progress = Callable[[int, int], None]
 """Called with what is done and what there is, in bytes or tokens."""
 
+Notice = Callable[[str], None]
+"""Called with a line for people who wait."""
+
 PATIENCE_SECONDS = 2.0
+
+
+def say(line: str) -> None:
+    """A `Notice` that writes to standard error."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def ignore(line: str) -> None:
+    """A `Notice` for nobody."""
 
 
 @contextmanager
 def progress_bar(title: str, patience: float = PATIENCE_SECONDS, unit: str = "bytes") -> Iterator[Progress]:
-    """A `Progress` that draws a bar on standard error, once `patience` seconds have passed and where that is a terminal.
+    """A `Progress` that shows on standard error once `patience` seconds have passed: a bar on a terminal, elsewhere one line.
 
     Numbers are bytes, shown as sizes and a speed, or are followed by `unit`.
     """
     from rich.console import Console
+    from rich.filesize import decimal
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
@@ -29,12 +44,18 @@ def progress_bar(title: str, patience: float = PATIENCE_SECONDS, unit: str = "by
     columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
     bar = Bar(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(title, total=None)
-    begun = time.monotonic()
+    begun, shown = time.monotonic(), False
 
     def update(done: int, total: int) -> None:
+        nonlocal shown
         bar.update(task, completed=done, total=total)
-        if not bar.live.is_started and done < total and time.monotonic() - begun > patience and bar.console.is_terminal:
+        if shown or done >= total or time.monotonic() - begun <= patience:
+            return
+        shown = True
+        if bar.console.is_terminal:
             bar.start()
+        else:
+            bar.console.print(f"{title}: {decimal(total) if unit == 'bytes' else f'{total:,} {unit}'}", highlight=False)
 
     try:
         yield update

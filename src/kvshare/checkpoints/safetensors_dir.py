@@ -56,6 +56,10 @@ class SafetensorsDirectory:
         files = len(self._files)
         return f"{self.path} ({next(iter(self._files)) if files == 1 else f'{files} safetensors files'})"
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self.path / file for file in self._files)
+
     def names(self) -> frozenset[str]:
         return frozenset(self._file_names)
 

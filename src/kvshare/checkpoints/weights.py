@@ -11,9 +11,10 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from kvshare.checkpoints.block_encoding import ENCODERS, GROUP, encode_blocks
+from kvshare.checkpoints.block_encoding import GROUP
 from kvshare.checkpoints.checkpoint import Checkpoint
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.checkpoints.mapped_rows import expect_random_reads
 from kvshare.checkpoints.progress import Progress
 from kvshare.errors import CheckpointError
 from kvshare.kernels.quantized_weight import BLOCK_TYPES
@@ -62,25 +63,21 @@ class Loadable(Protocol):
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None = None, blocks: str = "none"
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None = None, keep_blocks: bool = False
 ) -> tuple[str, ...]:
     """Fill `model`, built on the meta device, from `checkpoint`: floating-point numbers become `dtype`, integers stay what they are.
 
-    `blocks`: with "file", linear layers and embeddings that the file holds in quantized blocks keep them, and native kernels multiply
-    with the blocks; "int8" or "int4" also quantizes those that are plain numbers; with "none" all are widened to `dtype`.
+    With `keep_blocks`, linear layers and embeddings that the checkpoint holds in quantized blocks keep them, and native kernels multiply
+    with the blocks; without, all are widened to `dtype`.
     Every shape is compared before any data is read. A tensor that is stored in the dtype it is wanted in stays a view of
     the mapped file. Returns (and logs) the tensors of the file that nobody reads, but for the k and v of layers that
     share another layer's cache, which are expected to lie there dead. Raises `CheckpointError` for tensors that are missing
     or of another shape.
     """
-    present = checkpoint.names()
-    sources = {name: source.present_in(present) for name, source in cast(Loadable, model).weight_sources().items()}
+    sources = _matched_sources(model, checkpoint)
     wanted = model.state_dict(keep_vars=True)
-    _check_names(model, wanted, sources)
-    _check_file(wanted, sources, checkpoint)
-
     keep_float32, mapped = (frozenset(getattr(model, attribute, ())) for attribute in ("keep_float32", "memory_mapped"))
-    in_blocks = _block_layers(model, sources, checkpoint, blocks)
+    in_blocks = _block_layers(model, sources, checkpoint) if keep_blocks else frozenset()
     total = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in wanted.values()}.values())
     done, loaded = 0, {}
     for name, old in wanted.items():
@@ -96,11 +93,33 @@ def load_weights(
                 progress(done, total)
         _assign(model, name, loaded[id(old)])
     for name in sorted(in_blocks):  # behind the rest: the layer takes its bias along
-        _make_block_layer(model, name, sources[name], checkpoint, dtype, blocks)
+        _make_block_layer(model, name, sources[name], checkpoint, dtype)
         done += wanted[name].nbytes
         if progress:
             progress(done, total)
     return _report_unread(checkpoint, sources)
+
+
+def plain_matrices(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The checkpoint's tensors that may be quantized and are not yet: weights of linear layers and embeddings, and mapped tables.
+
+    Raises `CheckpointError` for a checkpoint that is not `model`'s.
+    """
+    sources = _matched_sources(model, checkpoint)
+    layers = [f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Linear | Embedding)]
+    names = [name for name in (*layers, *getattr(model, "memory_mapped", ())) if sources[name].combine is None]
+    parts = dict.fromkeys(part for name in names for part in sources[name].names)
+    return tuple(part for part in parts if checkpoint.shape(part)[-1] % GROUP == 0 and checkpoint.packed(part) is None)
+
+
+def _matched_sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Source]:
+    """Where each parameter comes from in this checkpoint, which is checked to have it in the right shape."""
+    present = checkpoint.names()
+    sources = {name: source.present_in(present) for name, source in cast(Loadable, model).weight_sources().items()}
+    wanted = model.state_dict(keep_vars=True)
+    _check_names(model, wanted, sources)
+    _check_file(wanted, sources, checkpoint)
+    return sources
 
 
 def _check_names(model: nn.Module, wanted: Mapping[str, Tensor], sources: Mapping[str, Source]) -> None:
@@ -139,31 +158,24 @@ def _shape_of(source: Source, shapes: list[tuple[int, ...]]) -> tuple[int, ...] 
         return None
 
 
-def _block_layers(model: nn.Module, sources: Mapping[str, Source], checkpoint: Checkpoint, blocks: str) -> frozenset[str]:
-    """The parameters that become blocks: weights of linear layers and embeddings, as `load_weights` is told by `blocks`."""
+def _block_layers(model: nn.Module, sources: Mapping[str, Source], checkpoint: Checkpoint) -> frozenset[str]:
+    """The parameters that stay blocks: weights of linear layers and embeddings of which the checkpoint holds a part in blocks."""
     names = set()
     for path, module in model.named_modules():
         if not isinstance(module, Linear | Embedding):
             continue
         name, (width, source) = f"{path}.weight", (module.weight.shape[1], sources[f"{path}.weight"])
-        kept = [part.type.name for part in map(checkpoint.packed, source.names) if part is not None] if blocks != "none" else []
-        if source.combine is None and (kept or blocks in ENCODERS) and width % GROUP == 0 and set(kept) <= set(BLOCK_TYPES):
+        kept = {part.type.name for part in map(checkpoint.packed, source.names) if part is not None}
+        if source.combine is None and kept and width % GROUP == 0 and kept <= set(BLOCK_TYPES):
             names.add(name)
     return frozenset(names)
 
 
-def _make_block_layer(model: nn.Module, name: str, source: Source, checkpoint: Checkpoint, dtype: torch.dtype, blocks: str) -> None:
+def _make_block_layer(model: nn.Module, name: str, source: Source, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Put a layer that multiplies with blocks in the place of the one whose weight is `name`."""
     path = name.removesuffix(".weight")
-
-    def part(tensor: str) -> PackedBlocks | Tensor:
-        packed = checkpoint.packed(tensor)
-        if packed is not None:
-            return packed
-        plain = checkpoint.get(tensor, torch.bfloat16)
-        return encode_blocks(plain, blocks) if blocks in ENCODERS else plain.contiguous()
-
-    model.set_submodule(path, quantized_layer(model.get_submodule(path), [part(tensor) for tensor in source.names], dtype))
+    parts = [checkpoint.packed(part) or checkpoint.get(part, torch.bfloat16).contiguous() for part in source.names]
+    model.set_submodule(path, quantized_layer(model.get_submodule(path), parts, dtype))
 
 
 def _read(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> Tensor:
@@ -182,7 +194,9 @@ def _read(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> Tensor:
 def _mapped(checkpoint: Checkpoint, source: Source) -> Tensor | PackedBlocks:
     """The source's one tensor where it lies in the file."""
     (name,) = source.names
-    return checkpoint.packed(name) or checkpoint.get(name)
+    table = checkpoint.packed(name) or checkpoint.get(name)
+    expect_random_reads(table if isinstance(table, Tensor) else table.blocks)
+    return table
 
 
 def _assign(model: nn.Module, name: str, value: Tensor | PackedBlocks) -> None:

@@ -46,6 +46,7 @@ def chat(
     kv_memory: options.KVMemory = None,
     kv_layout: options.KVLayout = "plain",
     weights: options.Weights = "auto",
+    weight_cache: options.WeightCache = True,
     kv_dtype: options.KVDtype = None,
 ) -> None:
     """Talk to a model.
@@ -53,7 +54,7 @@ def chat(
     Models without a chat template continue the text that you type. Answers go to stdout, everything else to stderr.
     A pipe works too: each line of stdin is a message.
     """
-    llm = options.load_llm(model, dtype, max_context, kv_memory, kv_layout, kv_dtype, weights)
+    llm = options.load_llm(model, dtype, max_context, kv_memory, kv_layout, kv_dtype, weights, weight_cache)
     params = llm.default_sampling_params(
         temperature=temperature,
         top_k=top_k,

@@ -49,12 +49,20 @@ KVLayout = Annotated[
     ),
 ]
 Weights = Annotated[
-    Literal["auto", "native", "full", "int8", "int4"],
+    Literal["auto", "native", "bf16", "int8", "int4"],
     typer.Option(
         envvar="KVSHARE_WEIGHTS",
         rich_help_panel="Model",
-        help="native: multiply with the quantized blocks of a GGUF file as they are; full: widen them to --dtype; "
-        "int8, int4: quantize plain weights at load; auto: native where the kernels are built.",
+        help="native: multiply with the quantized blocks of a GGUF file as they are; bf16: widen them; int8, int4: also quantize what is "
+        "plain, at load; auto: native where the kernels are built, plain numbers with --dtype float32 or float16.",
+    ),
+]
+WeightCache = Annotated[
+    bool,
+    typer.Option(
+        envvar="KVSHARE_WEIGHT_CACHE",
+        rich_help_panel="Model",
+        help="Keep weights that were quantized at load on disk (in $KVSHARE_CACHE or the user's cache), and map them the next time.",
     ),
 ]
 KV_DTYPES = "bf16, fp16, fp32, fp8, int8, int4, rot8, rot4, rot3, rot2 (rotated), native (DeepSeek's own)"
@@ -110,6 +118,7 @@ def load_llm(
     kv_layout: str = "plain",
     kv_dtype: str | None = None,
     weights: str = "auto",
+    weight_cache: bool = True,
     max_sequences: int = 1,
 ) -> LLM:
     """Load what the command line named, and say on stderr which file that is."""
@@ -129,5 +138,6 @@ def load_llm(
         kv_layout=kv_layout,
         kv_dtype=kv_dtype,
         weights=weights,
+        weight_cache=weight_cache,
         max_sequences=max_sequences,
     )

@@ -63,6 +63,7 @@ def serve(
     kv_memory: options.KVMemory = None,
     kv_layout: options.KVLayout = "plain",
     weights: options.Weights = "auto",
+    weight_cache: options.WeightCache = True,
     kv_dtype: options.KVDtype = None,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API: chat completions, completions, models, and /health.
@@ -79,7 +80,7 @@ def serve(
     sock = listen(host, port)
     local = is_loopback(sock)
     worker = Worker(
-        lambda: options.load_llm(model, dtype, max_context, kv_memory, kv_layout, kv_dtype, weights, max_sequences=max_num_seqs),
+        lambda: options.load_llm(model, dtype, max_context, kv_memory, kv_layout, kv_dtype, weights, weight_cache, max_num_seqs),
         on_loaded=lambda llm: _say(f"{_describe(llm)}\nready: {address_of(sock)}/v1, model {name!r}; Ctrl-C stops it"),
         on_failed=lambda: setattr(server, "should_exit", True),
     )

@@ -66,7 +66,8 @@ def tune(
 
     if plot is not None:
         check_path(plot)
-    llm = LLM(locate(model), dtype=dtype, max_context=window, max_sequences=1, weights="full", kv_layout=kv_layout)
+    plain = "bf16" if dtype == "bfloat16" else "auto"
+    llm = LLM(locate(model), dtype=dtype, max_context=window, max_sequences=1, weights=plain, kv_layout=kv_layout)
     windows = _first(text_windows(llm.tokenizer, content or sample_text(), window), tokens)
     with progress_bar("measuring", unit="forward passes") as progress:
         found = tune_model(llm.model, windows, target_kl, names, min(length, llm.layout.max_context or length), progress)

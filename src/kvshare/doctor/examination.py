@@ -48,8 +48,7 @@ def examine(
     path = locate(where)
     checkpoint = open_checkpoint(path)
     notice("loading the weights")
-    whole = "full" if dtype == "float32" else "auto"  # the exact comparison needs numbers that are not rounded on the way
-    llm = LLM(path, dtype=dtype, weights=whole, kv_layout=kv_layout, max_sequences=4, progress=False)
+    llm = LLM(path, dtype=dtype, kv_layout=kv_layout, max_sequences=4, progress=False)
     ids = text_tokens(llm.tokenizer, llm.layout, text or sample_text(), num_tokens)
     report = Report(llm.origin, len(ids))
     report.checks.append(boundary_check(llm.layout, llm.engine.precision))
@@ -58,7 +57,7 @@ def examine(
     if again:
         del llm
         notice("loading the weights as float32")
-        llm = LLM(path, dtype="float32", weights="full", kv_layout=kv_layout, max_sequences=4, progress=False)
+        llm = LLM(path, dtype="float32", kv_layout=kv_layout, max_sequences=4, progress=False)
         _examine_dtype(report, llm, ids, notice, (checkpoint, path))
     return report
 

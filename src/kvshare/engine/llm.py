@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.checkpoints import open_checkpoint
-from kvshare.checkpoints.progress import progress_bar
+from kvshare.checkpoints.block_encoding import PRECISIONS
+from kvshare.checkpoints.progress import Progress, ignore, progress_bar, say
+from kvshare.checkpoints.quantized_weights import quantize
 from kvshare.checkpoints.weights import load_weights
 from kvshare.engine.engine import Engine
 from kvshare.engine.outputs import RequestOutput, Update
@@ -25,7 +27,7 @@ from kvshare.layout.precision import read_precision
 from kvshare.models import build_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHTS = ("auto", "native", "full", "int8", "int4")
+WEIGHTS = ("auto", "native", "bf16", *PRECISIONS)
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ARENA_SHARE = 0.5  # of the memory that is free when the weights are loaded
 
@@ -40,8 +42,10 @@ class LLM:
     `max_context`: tokens a sequence may have; by default the model's own limit, or less if the memory does not hold that.
     `kv_memory`: bytes for the cache; by default what `max_sequences` sequences of `max_context` need, at most half of the free memory.
     `chunk`: tokens that one step computes at most; bounds the memory of a long prompt's prefill.
-    `weights`: "native" keeps the quantized blocks of a GGUF file and multiplies with them, "full" widens them to `dtype` at load,
-    "int8" and "int4" quantize plain ones at load, "auto" is native where the kernels are built.
+    `weights`: "native" keeps the quantized blocks of a GGUF file and multiplies with them, "bf16" widens them; "int8" and "int4" also
+    quantize what is plain, the per-layer table and the head included. "auto" is native where the kernels are built, and plain numbers in
+    `dtype` where that is given as "float32" or "float16".
+    `weight_cache`: whether weights quantized at load are kept in the user's cache and mapped from there, the next time at once.
     `kv_layout`: how Gemma 4's K = V layers are stored: "plain", "compact" or "v-only".
     `kv_dtype`: precision of the cache: a name ("bf16", "int8", "int4", ...), one by owner's layer (-1 for the others), or the path of a
     JSON file that `kvshare tune` wrote; by default `dtype`'s own. Lossy rows are decoded when they are read: they save memory, not time.
@@ -59,18 +63,29 @@ class LLM:
         kv_memory: int | None = None,
         chunk: int = 512,
         weights: str = "auto",
+        weight_cache: bool = True,
         kv_layout: str = "plain",
         kv_dtype: str | Path | Mapping[int, str] | None = None,
         progress: bool = True,
     ):
         checkpoint = open_checkpoint(where)
         self.origin = checkpoint.origin
-        self.dtype = _choose_dtype(dtype, checkpoint.config)
+        self.dtype = _choose_dtype(dtype, weights, checkpoint.config)
+        keep_blocks = _keeps_blocks(weights, dtype)
         self.model = build_model(checkpoint.config, self.dtype, kv_layout).eval()
         own = _PRECISIONS[self.dtype]
         precision = own if kv_dtype is None else read_precision(kv_dtype, self.model.layout, own)
-        with progress_bar("loading weights") if progress else nullcontext() as report:
-            load_weights(self.model, checkpoint, self.dtype, report, blocks=_blocks(weights, self.dtype))
+
+        def bar(title: str) -> AbstractContextManager[Progress | None]:
+            return progress_bar(title) if progress else nullcontext()
+
+        if weights in PRECISIONS:
+            with bar(f"quantizing weights to {weights}") as report:
+                checkpoint = quantize(
+                    self.model, checkpoint, weights, cached=weight_cache, progress=report, notice=say if progress else ignore
+                )
+        with bar("loading weights") as report:
+            load_weights(self.model, checkpoint, self.dtype, report, keep_blocks)
         self.tokenizer = checkpoint.tokenizer()
         self.generation_config: Mapping[str, Any] = checkpoint.generation_config
         self.arena, self.max_context = _make_arena(self.model.layout, precision, max_context, max_sequences, kv_memory, chunk)
@@ -138,25 +153,31 @@ def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
     return list(prompts)  # pyright: ignore[reportReturnType]
 
 
-def _choose_dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
+def _choose_dtype(name: str, weights: str, config: Mapping[str, Any]) -> torch.dtype:
+    if name != "auto" and name not in DTYPES:
+        raise RequestError(f"dtype: unknown {name!r}: choose auto, {', '.join(DTYPES)}")
+    if weights == "bf16":
+        if name not in ("auto", "bfloat16"):
+            raise RequestError(f"weights bf16 are not computed with in {name}: leave one of the two away")
+        return torch.bfloat16
     if name == "auto":
         return torch.float32 if config.get("dtype", config.get("torch_dtype")) == "float32" else torch.bfloat16
-    if name not in DTYPES:
-        raise RequestError(f"dtype: unknown {name!r}: choose auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def _blocks(weights: str, dtype: torch.dtype) -> str:
-    """What `load_weights` is told: which weights are quantized blocks."""
+def _keeps_blocks(weights: str, dtype: str) -> bool:
+    """Whether weights that are quantized blocks stay so."""
     if weights not in WEIGHTS:
         raise RequestError(f"weights: unknown {weights!r}: choose one of {', '.join(WEIGHTS)}")
-    if weights == "full":
-        return "none"
-    reason = "" if kernels.available() else f"the native kernels are not there ({kernels.reason_unavailable()})"
-    reason = reason or ("the kernels compute in bfloat16 or float32" if dtype == torch.float16 else "")
-    if reason and weights != "auto":
-        raise RequestError(f"weights {weights}: {reason}: choose full{' or another dtype' if dtype == torch.float16 else ''}")
-    return "none" if reason else "file" if weights in ("auto", "native") else weights
+    if weights == "auto":
+        return kernels.available() and dtype in ("auto", "bfloat16")
+    if weights == "bf16":
+        return False
+    if not kernels.available():
+        raise RequestError(f"weights {weights}: the native kernels are not there ({kernels.reason_unavailable()}): choose bf16")
+    if dtype == "float16":
+        raise RequestError(f"weights {weights}: the kernels compute in bfloat16 or float32, not in float16: choose another dtype")
+    return True
 
 
 def _make_arena(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.checkpoints.mapped_rows import prefetch_rows
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
 
@@ -37,9 +38,10 @@ class PerLayerEmbedding(nn.Module):
     def forward(self, tokens: Tensor, embedded: Tensor, first: int, end: int) -> PerLayerInputs:  # [tokens], [tokens, hidden]
         """The inputs of layers `first ... end - 1`; the others cost nothing. Tokens behind the table's end (images, audio) take row 0."""
         begin, stop = first * self.width, end * self.width
+        rows = torch.where(tokens < self.entries, tokens, 0)
+        prefetch_rows(self.table.blocks if isinstance(self.table, PackedBlocks) else self.table, rows)  # on their way during the product
         projected = self.projection.part(embedded, begin, stop) * self.hidden**-0.5
         projected = self.norm(projected.unflatten(-1, (end - first, self.width)))
-        rows = torch.where(tokens < self.entries, tokens, 0)
         found = (
             self.table.rows(rows)[:, begin:stop] if isinstance(self.table, PackedBlocks) else F.embedding(rows, self.table[:, begin:stop])
         )

@@ -8,11 +8,12 @@
 namespace kvshare {
 namespace avx2 {
 #include "blocks.h"
+#include "encode_blocks.h"
 #include "product.h"
 #include "row_decode.h"
 #include "attention.h"
 #include "lanes_plain.h"
 #include "tile_kernel.h"
 }  // namespace avx2
-const Isa isa_avx2 = {"avx2", avx2::round_row, avx2::multiply_rows, avx2::decode_rows, avx2::decode_heads, avx2::spell_plain, avx2::attend_plain, avx2::tile_kernel};
+const Isa isa_avx2 = {"avx2", avx2::round_row, avx2::multiply_rows, avx2::decode_rows, avx2::decode_heads, avx2::spell_plain, avx2::attend_plain, avx2::tile_kernel, avx2::encode_row};
 }  // namespace kvshare

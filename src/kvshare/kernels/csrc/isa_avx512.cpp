@@ -12,6 +12,7 @@
 namespace kvshare {
 namespace avx512 {
 #include "blocks.h"
+#include "encode_blocks.h"
 #include "vectors_avx512.h"
 #include "product.h"
 #include "product_avx512.h"
@@ -27,5 +28,5 @@ namespace avx512 {
 #include "lanes_avx512.h"
 #include "tile_kernel.h"
 }  // namespace avx512
-const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::spell_avx512, avx512::attend_avx512, avx512::tile_kernel};
+const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::spell_avx512, avx512::attend_avx512, avx512::tile_kernel, avx512::encode_row};
 }  // namespace kvshare

@@ -6,11 +6,12 @@
 namespace kvshare {
 namespace plain {
 #include "blocks.h"
+#include "encode_blocks.h"
 #include "product.h"
 #include "row_decode.h"
 #include "attention.h"
 #include "lanes_plain.h"
 #include "tile_kernel.h"
 }  // namespace plain
-const Isa isa_plain = {"plain", plain::round_row, plain::multiply_rows, plain::decode_rows, plain::decode_heads, plain::spell_plain, plain::attend_plain, plain::tile_kernel};
+const Isa isa_plain = {"plain", plain::round_row, plain::multiply_rows, plain::decode_rows, plain::decode_heads, plain::spell_plain, plain::attend_plain, plain::tile_kernel, plain::encode_row};
 }  // namespace kvshare

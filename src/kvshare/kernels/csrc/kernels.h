@@ -79,6 +79,8 @@ struct Isa {
     void (*spell)(RowKind keys, int width, const float* q, uint8_t* to);
     void (*attend)(const AttendRows& rows, const AttendState& state);
     TileKernel tile;
+    // One row of k numbers, bfloat16 or float32, as blocks: Q8_0, Q4_1 or Q4_K.
+    void (*encode)(BlockType type, const void* numbers, bool bf16, int64_t k, uint8_t* to);
 };
 
 // The sets that this build knows, best first; `usable` asks the processor. A set for AMX goes in front, with its own file and flags.
