@@ -8,11 +8,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kvshare import kernels
 from kvshare.cache.codecs import Codec, codec_for
 from kvshare.cache.native_attention import NativeAttention, keys_and_values
 from kvshare.cache.step import KeyRebuild, Step, state_named
 from kvshare.cache.tables import SequenceCache
 from kvshare.cache.tiled_attention import TiledAttention
+from kvshare.kernels.new_rows import NewRows
 from kvshare.kernels.paged_attention import Query
 from kvshare.layout import CacheLayout, PrecisionChoice, Stream
 
@@ -26,11 +28,14 @@ class PagedCache:
         self.layout = layout
         self.codecs: dict[tuple[int, str], Codec] = {}  # by owner and stream
         self.row_bytes: dict[tuple[int, str], int] = {}
+        self.tables: dict[tuple[int, str], tuple[int, int]] = {}  # which of a sequence's tables, and how many rows a page of it holds
         for owner in layout.owners:
             form = layout.precision_of(owner, precision)
             for stream in layout.layers[owner].streams:
                 self.codecs[owner, stream.name] = codec_for(form, stream)
                 self.row_bytes[owner, stream.name] = stream.row_bytes(form)
+                self.tables[owner, stream.name] = len(self.tables), layout.rows_per_page(owner, stream, precision)
+        self.keys_and_values = {owner: keys_and_values(layout.layers[owner]) for owner in layout.owners}
         self.native_attention = NativeAttention(layout, self.codecs)
         self.tiled_attention = TiledAttention(layout, self.codecs)
         self.read_again = frozenset(owner for owner in layout.owners if layout.readers(owner))
@@ -56,6 +61,9 @@ class PagedStep(Step):
         super().__init__(cache.layout, [c.num_tokens for c in caches], counts, reader_rows, device)
         self.cache = cache
         self.caches = caches
+        native = kernels.available() and device.type == "cpu"
+        self._new_rows = NewRows(caches[0].arena, caches, self.past, self.counts) if native else None
+        self._kept_queries: dict[tuple[int, bool], list[Query]] = {}  # by owner and whether this is the tail
         self._gathered: dict[tuple[int, str, int], tuple[int, Tensor]] = {}  # rows that several readers will ask for
 
     def attend(
@@ -71,19 +79,21 @@ class PagedStep(Step):
     ) -> Tensor:
         """Where kernels can read the owner's pages, in one call for all sequences with a single query and in one for all others."""
         owner, arena = self.layout.owner[layer], self.caches[0].arena
-        single, streams = self.cache.native_attention.of(owner, arena, q.dtype), keys_and_values(self.layout.layers[owner])
+        single = self.cache.native_attention.of(owner, arena, q.dtype)
         many = self.cache.tiled_attention.of(owner, arena) if q.dtype == torch.bfloat16 else None
         if single is None and many is None:
             return super().attend(layer, q, scale=scale, softcap=softcap, sinks=sinks, entries=entries, rebuild=rebuild)
         out = q.new_empty(*q.shape[:2], self.layout.layers[owner].value_width)
+        if single is not None and self._all_single and (many is None or not many.takes(1, q.shape[1], entries)):
+            single.attend(q, out, self._queries(owner), scale=scale, softcap=softcap, sinks=sinks)
+            return out
         queries, spans = [], []
         for sequence, span in enumerate(self.spans):
             tables = self.caches[sequence].tables
             if many is not None and span.count and many.takes(span.count, q.shape[1], entries):
                 spans.append(many.span(span.start, span.count, tables, entries))
-            elif single is not None and streams is not None and span.count == 1:
-                first, _ = self._live(streams[0], span.first, sequence)
-                queries.append(Query(span.start, first, span.last + 1, tables[owner, streams[0].name], tables[owner, streams[1].name]))
+            elif single is not None and span.count == 1:
+                queries.append(self._query(owner, sequence))
             elif span.count:
                 out[span.start : span.end] = self._attend_sequence(owner, sequence, q, scale, softcap, sinks, entries, rebuild)
         if single is not None and queries:
@@ -91,6 +101,31 @@ class PagedStep(Step):
         if many is not None and spans:
             many.kernel.attend(q, out, self.positions, spans, scale=scale, softcap=softcap, sinks=sinks)
         return out
+
+    def _queries(self, owner: int) -> list[Query]:
+        """What the queries of all sequences, of which each has one, see of an owner; its readers ask for the same."""
+        key = owner, self._is_tail
+        if key not in self._kept_queries:
+            self._kept_queries[key] = [self._query(owner, sequence) for sequence in range(len(self.spans))]
+        return self._kept_queries[key]
+
+    def _query(self, owner: int, sequence: int) -> Query:
+        """What the only query of a sequence sees of an owner that a kernel reads."""
+        streams = self.cache.keys_and_values[owner]
+        assert streams is not None
+        (k, v), span, tables = streams, self.spans[sequence], self.caches[sequence].tables
+        first, _ = self._live(k, span.first, sequence)
+        return Query(span.start, first, span.last + 1, tables[owner, k.name], tables[owner, v.name])
+
+    @property
+    def _all_single(self) -> bool:
+        return len(self.spans) == len(self.positions) and all(span.count == 1 for span in self.spans)
+
+    def _write_all(self, layer: int, stream: Stream, values: Tensor) -> None:
+        if self._new_rows is None or stream.tokens_per_row != 1:
+            super()._write_all(layer, stream, values)
+        else:
+            self._new_rows.write(*self.cache.tables[layer, stream.name], self.cache.codecs[layer, stream.name].encode(values))
 
     def _write(self, layer: int, stream: Stream, sequence: int, first: int, values: Tensor) -> None:
         encoded = self.cache.codecs[layer, stream.name].encode(values)  # [rows, row_bytes]

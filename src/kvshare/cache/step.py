@@ -14,6 +14,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -61,11 +62,11 @@ class Step(ABC):
         self.layout = layout
         self.past = tuple(past)
         self.counts = tuple(counts)
-        ranges = [torch.arange(begin, begin + count, device=device) for begin, count in zip(past, counts, strict=True)]
-        self.positions = torch.cat(ranges)  # [tokens]
-        starts = [sum(self.counts[:s]) for s in range(len(self.counts))]
+        flat = [position for begin, count in zip(past, counts, strict=True) for position in range(begin, begin + count)]
+        self.positions = torch.tensor(flat, dtype=torch.long, device=device)  # [tokens]
+        starts = [0, *accumulate(self.counts)][:-1]
         self.spans = tuple(Span(a, a + n, t, t + n - 1) for a, n, t in zip(starts, self.counts, self.past, strict=True))
-        if reader_rows is None or len(reader_rows) == len(self.positions):
+        if reader_rows is None or len(reader_rows) == len(flat):
             self._kept = None
         else:
             self._kept = torch.tensor(list(reader_rows), dtype=torch.long, device=device)  # [rows kept]
@@ -83,14 +84,11 @@ class Step(ABC):
         if self._is_tail or self.layout.owner[layer] != layer:
             raise RuntimeError(f"layer {layer} reads layer {self.layout.owner[layer]} and never writes")
         for stream in self.layout.layers[layer].streams:
-            start, values = 0, rows[stream.name]
-            for sequence in range(len(self.counts)):
-                first, end = self.new_rows(stream, sequence)
-                if end > first:
-                    self._write(layer, stream, sequence, first, values[start : start + end - first])
-                start += end - first
-            if start != len(values):
-                raise RuntimeError(f"layer {layer} appended {len(values)} rows of {stream.name!r}; this step has {start}")
+            values = rows[stream.name]
+            count = len(self.positions) if stream.tokens_per_row == 1 else sum(b - a for a, b in self._all_new_rows(stream))
+            if count != values.shape[0]:
+                raise RuntimeError(f"layer {layer} appended {values.shape[0]} rows of {stream.name!r}; this step has {count}")
+            self._write_all(layer, stream, values)
 
     def attend(
         self,
@@ -129,6 +127,9 @@ class Step(ABC):
         past = self.past[sequence]
         return stream.num_rows(past), stream.num_rows(past + self.counts[sequence])
 
+    def _all_new_rows(self, stream: Stream) -> list[tuple[int, int]]:
+        return [self.new_rows(stream, sequence) for sequence in range(len(self.counts))]
+
     @abstractmethod
     def state(self, layer: int, name: str) -> Tensor:
         """A fixed state before the step, of all sequences: [sequences, *shape]; zero for a sequence without a past."""
@@ -160,6 +161,14 @@ class Step(ABC):
         return step
 
     # ---- what the two kinds of step differ in
+
+    def _write_all(self, layer: int, stream: Stream, values: Tensor) -> None:  # [new rows of all sequences, heads, width]
+        """Store the rows that the step adds to a stream."""
+        start = 0
+        for sequence, (first, end) in enumerate(self._all_new_rows(stream)):
+            if end > first:
+                self._write(layer, stream, sequence, first, values[start : start + end - first])
+            start += end - first
 
     @abstractmethod
     def _write(self, layer: int, stream: Stream, sequence: int, first: int, values: Tensor) -> None:

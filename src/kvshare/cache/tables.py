@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,17 @@ class PageTable:
     @property
     def end_page(self) -> int:
         return self.first_page + len(self.pages)
+
+    @property
+    def tokens_placed(self) -> int:
+        """The most tokens whose rows have a place."""
+        return (self.end_page * self.rows_per_page + 1) * self.stream.tokens_per_row - 1
+
+    @property
+    def tokens_until_drop(self) -> int:
+        """With so many tokens the first page holds only rows in front of the window."""
+        assert self.stream.window is not None
+        return ((self.first_page + 1) * self.rows_per_page + self.stream.window) * self.stream.tokens_per_row
 
     def missing_pages(self, num_tokens: int) -> int:
         """Pages to add before the rows of the first `num_tokens` tokens all have a place."""
@@ -54,16 +66,32 @@ class SequenceCache:
             for stream in layout.layers[owner].streams
         }
         self.state_pages: list[int] = []
+        self._tokens_placed = 0  # so many tokens have their places, in pages that nobody else holds
+        self._tokens_until_drop = 0  # with fewer tokens nothing falls out of a window
+        self._page_runs: array[int] | None = None
+
+    @property
+    def page_runs(self) -> array[int]:
+        """Of each table, in order: the address of its pages, its first page, and how many it has. 64-bit; replaced when they change."""
+        if self._page_runs is None:
+            self._page_runs = array("q")
+            for table in self.tables.values():
+                self._page_runs.extend((table.pages.buffer_info()[0], table.first_page, len(table.pages)))
+        return self._page_runs
 
     def missing_pages(self, num_new_tokens: int) -> int:
         """Pages that `reserve(num_new_tokens)` would take: new ones, and copies of shared pages that would be written."""
         end = self.num_tokens + num_new_tokens
+        if end <= self._tokens_placed:
+            return 0
         states = 0 if self.state_pages else -(-self.layout.state_bytes // self.arena.page_bytes)
         return states + sum(table.missing_pages(end) for table in self.tables.values()) + len(self._shared_open_pages(end))
 
     def reserve(self, num_new_tokens: int) -> None:
         """Give every row of the next `num_new_tokens` tokens a place; all or nothing (`CapacityError`)."""
         end = self.num_tokens + num_new_tokens
+        if end <= self._tokens_placed:
+            return
         free = iter(self.arena.allocate(self.missing_pages(num_new_tokens)))
         for table in self._shared_open_pages(end):
             fresh, old = next(free), table.pages[-1]
@@ -78,13 +106,20 @@ class SequenceCache:
             missing = table.missing_pages(end)
             if missing:
                 table.pages.extend(next(free) for _ in range(missing))
+        self._page_runs = None
+        shared = any(table.pages and self.arena.is_shared(table.pages[-1]) for table in self.tables.values())
+        self._tokens_placed = 0 if shared else min((table.tokens_placed for table in self.tables.values()), default=end)
 
     def commit(self, num_new_tokens: int) -> None:
         """The step has appended these tokens: free what fell out of its window."""
         self.num_tokens += num_new_tokens
-        for table in self.tables.values():
-            if table.stream.window is not None:
-                self.arena.release(table.drop_dead_pages(self.num_tokens))
+        if self.num_tokens < self._tokens_until_drop:
+            return
+        windows = [table for table in self.tables.values() if table.stream.window is not None]
+        for table in windows:
+            self.arena.release(table.drop_dead_pages(self.num_tokens))
+        self._page_runs = None
+        self._tokens_until_drop = min((table.tokens_until_drop for table in windows), default=sys.maxsize)
 
     def fork(self) -> SequenceCache:
         """A second sequence with the same past: pages are shared and copied before either writes to them; states are copied at once."""
@@ -93,6 +128,7 @@ class SequenceCache:
         for source, target in zip(self.state_pages, child.state_pages, strict=True):
             self.arena.copy_page(source, target)
         child.num_tokens = self.num_tokens
+        self._tokens_placed = 0
         for key, table in self.tables.items():
             self.arena.retain(table.pages)
             child.tables[key].first_page, child.tables[key].pages = table.first_page, table.pages[:]
@@ -105,11 +141,12 @@ class SequenceCache:
             table.first_page, table.pages = 0, array("i")
         self.arena.release(self.state_pages)
         self.state_pages = []
-        self.num_tokens = 0
+        self.num_tokens = self._tokens_placed = self._tokens_until_drop = 0
+        self._page_runs = None
 
     @property
     def num_pages(self) -> int:
-        return len(self.state_pages) + sum(len(table.pages) for table in self.tables.values())
+        return len(self.state_pages) + sum(self.page_runs[2::3])
 
     def _shared_open_pages(self, end: int) -> list[PageTable]:
         """The tables whose last page is partly filled, will be written before `end`, and has another holder."""

@@ -1,10 +1,12 @@
-"""Root-mean-square norm (Zhang and Sennrich 2019), with or without a weight."""
+"""Root-mean-square norm (Zhang and Sennrich 2019), with or without a weight, and the residual sums around it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from kvshare.kernels import small_ops
 
 
 class RMSNorm(nn.Module):
@@ -16,7 +18,29 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width)) if weighted else None  # [width]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., width]
+        if small_ops.takes(x):
+            return small_ops.rms_norm(x, self.spelled())
         if self.weight is None or (not self.offset and self.weight.dtype == x.dtype):
             return F.rms_norm(x, self.shape, self.weight, self.eps)  # torch computes 16-bit types in float32 inside
         precise = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(precise), self.shape, self.weight.to(precise) + self.offset, self.eps).to(x.dtype)
+
+    def spelled(self) -> small_ops.Norm:
+        """What the kernels are told."""
+        return small_ops.Norm(self.weight, self.offset, self.eps)
+
+
+def add_normed(x: Tensor, y: Tensor, norm: RMSNorm, scale: Tensor | None = None) -> Tensor:  # [tokens, width] each, scale [1]
+    """The residual x + norm(y), times `scale` where there is one."""
+    if small_ops.takes(x) and (scale is None or scale.dtype == x.dtype):
+        return small_ops.add(x, y, of_y=norm.spelled(), scale=1.0 if scale is None else scale.item())
+    total = x + norm(y)
+    return total if scale is None else total * scale
+
+
+def add_then_norm(x: Tensor, y: Tensor, norm: RMSNorm, y_norm: RMSNorm | None = None) -> tuple[Tensor, Tensor]:  # [tokens, width] each
+    """The residual x + y, with y normed first where there is a norm for it; and what `norm` makes of that sum."""
+    if small_ops.takes(x):
+        return small_ops.add_and_norm(x, y, norm.spelled(), of_y=None if y_norm is None else y_norm.spelled())
+    total = x + (y if y_norm is None else y_norm(y))
+    return total, norm(total)

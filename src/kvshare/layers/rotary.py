@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kvshare.errors import ConfigError
+from kvshare.kernels import small_ops
+from kvshare.layers.norm import RMSNorm
 
 
 class Frequencies(NamedTuple):
@@ -32,8 +34,12 @@ class Rotation(NamedTuple):
     cos: Tensor  # [tokens, 1, pairs]
     sin: Tensor  # [tokens, 1, pairs]
 
-    def half_split(self, x: Tensor) -> Tensor:  # [tokens, heads, width]
-        """Rotate pairs (i, i + pairs) of the first 2 * pairs numbers of each head; the others pass."""
+    def half_split(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:  # [tokens, heads, width]
+        """Rotate pairs (i, i + pairs) of the first 2 * pairs numbers of each head, which is normed first if there is a `norm`."""
+        if self.cos.dtype == x.dtype and self._is_taken(x):
+            return small_ops.rotate(x, self.cos, self.sin, interleaved=False, norm=None if norm is None else norm.spelled())
+        if norm is not None:
+            x = norm(x)
         pairs = self.cos.shape[-1]
         first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
         parts = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
@@ -43,10 +49,16 @@ class Rotation(NamedTuple):
 
     def interleaved(self, x: Tensor) -> Tensor:  # [tokens, heads, width]
         """Rotate pairs (2i, 2i + 1) of the last 2 * pairs numbers of each head (DeepSeek); the others pass."""
+        if self.cos.dtype in (x.dtype, torch.float32) and self._is_taken(x):
+            return small_ops.rotate(x, self.cos, self.sin, interleaved=True)
         rotated = 2 * self.cos.shape[-1]
         first, second = x[..., -rotated:].unflatten(-1, (-1, 2)).to(torch.promote_types(x.dtype, self.cos.dtype)).unbind(-1)
         turned = torch.stack([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1).flatten(-2).to(x.dtype)
         return turned if rotated == x.shape[-1] else torch.cat([x[..., :-rotated], turned], dim=-1)
+
+    def _is_taken(self, x: Tensor) -> bool:
+        cos, sin = self.cos, self.sin
+        return small_ops.takes(x) and x.dim() == 3 and x.shape[0] == cos.shape[0] and cos.is_contiguous() and sin.is_contiguous()
 
     def inverse(self) -> Rotation:
         """The rotation back."""

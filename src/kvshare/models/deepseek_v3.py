@@ -27,7 +27,7 @@ from kvshare.layers.experts import Experts, expert_sources, stacked
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.indexer import select_rows
 from kvshare.layers.linear import Linear
-from kvshare.layers.norm import RMSNorm
+from kvshare.layers.norm import RMSNorm, add_then_norm
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies, yarn_magnitude
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
@@ -218,8 +218,8 @@ class Block(nn.Module):
             x, normed, rotation = x[kept], normed[kept], rotation.at_rows(kept)
             if not len(x):
                 return x, rotation, step
-        x = x + self.attention(normed, rotation, step)
-        return x + self.mlp(self.mlp_norm(x)), rotation, step
+        x, normed = add_then_norm(x, self.attention(normed, rotation, step), self.mlp_norm)
+        return x + self.mlp(normed), rotation, step
 
 
 class DeepseekV3(Decoder):

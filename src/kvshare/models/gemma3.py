@@ -14,7 +14,7 @@ from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.activations import geglu
 from kvshare.layers.gated_mlp import GatedMlp
-from kvshare.layers.norm import RMSNorm
+from kvshare.layers.norm import RMSNorm, add_normed, add_then_norm
 from kvshare.layers.reader import with_value_projection
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
@@ -72,8 +72,9 @@ class Block(nn.Module):
         if context.step.narrows(self.index):
             kept, context = context.step.rows_kept, context.narrowed(self.index)
             x, normed = x[kept], normed[kept]
-        x = x + self.attention_out_norm(self.attention(normed, q, context.rotations[self.kind], context.step))
-        return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x))), context
+        attended = self.attention(normed, q, context.rotations[self.kind], context.step)
+        x, normed = add_then_norm(x, attended, self.mlp_norm, self.attention_out_norm)
+        return add_normed(x, self.mlp(normed), self.mlp_out_norm), context
 
 
 class Gemma3(GemmaModel):

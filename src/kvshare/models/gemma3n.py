@@ -23,7 +23,7 @@ from kvshare.errors import ConfigError
 from kvshare.layers.activations import GatedActivation, geglu
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.linear import Linear
-from kvshare.layers.norm import RMSNorm
+from kvshare.layers.norm import RMSNorm, add_normed
 from kvshare.layers.per_layer_embedding import PerLayerEmbedding
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
@@ -106,7 +106,7 @@ class Laurel(nn.Module):
         self.out_norm = config.norm()
 
     def forward(self, x: Tensor) -> Tensor:  # [tokens, hidden]
-        return x + self.out_norm(self.right(self.left(x)))
+        return add_normed(x, self.right(self.left(x)), self.out_norm)
 
 
 def sparse_geglu(gate: Tensor, up: Tensor, deviations: float) -> Tensor:  # [tokens, intermediate]
@@ -160,9 +160,9 @@ class Block(nn.Module):
             kept, context = context.step.rows_kept, context.narrowed(self.index)
             streams, normed = streams[kept], normed[kept]
             x = streams[:, 0]
-        attended = x + self.attention_out_norm(self.attention(normed, q, context.rotations[self.kind], context.step))
+        attended = add_normed(x, self.attention(normed, q, context.rotations[self.kind], context.step), self.attention_out_norm)
         x = (attended + self.laurel(normed)) * 2**-0.5
-        x = x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
+        x = add_normed(x, self.mlp(self.mlp_norm(x)), self.mlp_out_norm)
         streams = self.altup.correct(streams, x)
         first, others = streams[:, :1], streams[:, 1:]
         seen = first[:, 0] * self.output_scale if self.scales_output else first[:, 0]

@@ -22,7 +22,7 @@ from kvshare.layers.experts import Experts
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.key_from_value import KeyRotations
 from kvshare.layers.linear import Linear
-from kvshare.layers.norm import RMSNorm
+from kvshare.layers.norm import RMSNorm, add_normed, add_then_norm
 from kvshare.layers.per_layer_embedding import PerLayerEmbedding
 from kvshare.layout import CacheLayout, Stream
 from kvshare.layout.config import Fields
@@ -99,17 +99,17 @@ class FeedForward(nn.Module):
             self.experts = Experts(config.num_experts, config.hidden_size, config.expert_width, geglu)
             self.experts_out_norm = RMSNorm(config.hidden_size, config.eps)
 
-    def forward(self, x: Tensor) -> Tensor:  # [tokens, hidden]
-        dense = self.mlp(self.norm(x))
+    def forward(self, x: Tensor, normed: Tensor) -> Tensor:  # [tokens, hidden] each, the second what `norm` makes of the first
+        dense = self.mlp(normed)
         if self.router is None:
             return dense
         chosen, weights = self.router(x)
         routed = self.experts(self.experts_norm(x), chosen, weights)
-        return self.mlp_out_norm(dense) + self.experts_out_norm(routed)
+        return add_normed(self.mlp_out_norm(dense), routed, self.experts_out_norm)
 
 
 class PerLayerGate(nn.Module):
-    """Lets the layer's own embedding of the token into the residual, gated by the residual."""
+    """Lets the layer's own embedding of the token into the residual, gated by the residual; `out_norm` is for what is added."""
 
     def __init__(self, config: Gemma4Config):
         super().__init__()
@@ -118,7 +118,7 @@ class PerLayerGate(nn.Module):
         self.out_norm = RMSNorm(config.hidden_size, config.eps)
 
     def forward(self, x: Tensor, own: Tensor) -> Tensor:  # [tokens, hidden], [tokens, per_layer_width]
-        return self.out_norm(self.projection(geglu(self.gate(x), own)))
+        return self.projection(geglu(self.gate(x), own))
 
 
 class Block(nn.Module):
@@ -146,11 +146,14 @@ class Block(nn.Module):
             x, normed = x[kept], normed[kept]
             if not len(x):
                 return x, context
-        x = x + self.attention_out_norm(self.attention(normed, q, context.rotations[self.kind], context.step))
-        x = x + self.feed_forward_out_norm(self.feed_forward(x))
-        if self.per_layer is not None and context.inputs is not None:
-            x = x + self.per_layer(x, context.inputs.of(self.index))
-        return x * self.layer_scalar, context
+        attended = self.attention(normed, q, context.rotations[self.kind], context.step)
+        x, normed = add_then_norm(x, attended, self.feed_forward.norm, self.attention_out_norm)
+        fed = self.feed_forward(x, normed)
+        if self.per_layer is None or context.inputs is None:
+            return add_normed(x, fed, self.feed_forward_out_norm, self.layer_scalar), context
+        x = add_normed(x, fed, self.feed_forward_out_norm)
+        own = self.per_layer(x, context.inputs.of(self.index))
+        return add_normed(x, own, self.per_layer.out_norm, self.layer_scalar), context
 
 
 class Gemma4(GemmaModel):

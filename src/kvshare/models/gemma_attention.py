@@ -56,18 +56,18 @@ class Attention(nn.Module):
         self.key_projection = KeyProjection(self.num_kv_heads, self.head_dim) if projects else None
 
     def append(self, x: Tensor, rotation: Rotation, step: Step) -> Tensor | None:  # [tokens, hidden]
-        """Keys and values of every token go into the cache. Returns the queries' projection where every token goes on."""
-        start = self.q_size if step.narrows(self.index) else 0
-        projected = self.qkv.part(x, start, self.qkv.out_features)
-        q, kv = projected.split((self.q_size - start, projected.shape[-1] - self.q_size + start), dim=-1)
-        kv = kv.unflatten(-1, (-1, self.num_kv_heads, self.head_dim))  # [tokens, 1 or 2, kv_heads, head_dim]
-        rows = {"v": self.v_norm(kv[:, -1])}
+        """Keys and values of every token go into the cache. Returns the queries' heads where every token goes on."""
+        narrows = step.narrows(self.index)
+        projected = self.qkv.part(x, self.q_size if narrows else 0, self.qkv.out_features)
+        num_heads = (0 if narrows else self.num_heads, *(self.num_kv_heads,) * (self.num_projections - 1))
+        q, *kv = projected.view(x.shape[0], sum(num_heads), self.head_dim).split(num_heads, dim=1)  # [tokens, heads, head_dim] each
+        rows = {"v": self.v_norm(kv[-1])}
         if "k" in self.stored:
-            rows["k"] = rotation.half_split(self.k_norm(kv[:, 0]))
+            rows["k"] = rotation.half_split(kv[0], self.k_norm)
         elif "k_rotated" in self.stored and self.key_rotations is not None:
-            rows["k_rotated"] = rotated_part(rotation.half_split(self.k_norm(kv[:, 0])), self.key_rotations.moving)
+            rows["k_rotated"] = rotated_part(rotation.half_split(kv[0], self.k_norm), self.key_rotations.moving)
         step.append(self.index, rows)
-        return None if start else q
+        return None if narrows else q
 
     def keys_from(self, rows: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # -> [rows, kv_heads, head_dim]
         """This owner's keys from what it stores: a `KeyRebuild`."""
@@ -77,8 +77,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor | None, rotation: Rotation, step: Step) -> Tensor:  # [tokens, hidden]
         """`q` is what `append` returned, if it did."""
-        projected = self.qkv.part(x, 0, self.q_size) if q is None else q
-        queries = rotation.half_split(self.q_norm(projected.unflatten(-1, (self.num_heads, self.head_dim))))
+        if q is None:
+            q = self.qkv.part(x, 0, self.q_size).view(x.shape[0], self.num_heads, self.head_dim)
+        queries = rotation.half_split(q, self.q_norm)
         if self.key_projection is not None:
             queries = self.key_projection(queries)
         out = step.attend(self.index, queries, scale=self.scale, rebuild=self.rebuild)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
+from kvshare.kernels import small_ops
 from kvshare.layers.per_layer_embedding import PerLayerInputs, scaled
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies
 from kvshare.layout import CacheLayout
@@ -81,7 +82,14 @@ class GemmaModel(Decoder):
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
         scores = super().logits(hidden)
-        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
+        return scores if self.softcap is None else capped(scores, self.softcap)
+
+
+def capped(scores: Tensor, cap: float) -> Tensor:  # [rows, vocab_size]; may be changed in place
+    """Scores that go from -cap to cap."""
+    if scores.dtype == torch.float32 and scores.is_contiguous() and small_ops.takes(scores):
+        return small_ops.cap_(scores, cap)
+    return torch.tanh(scores / cap) * cap
 
 
 def per_layer_sources() -> dict[str, Source]:

@@ -22,7 +22,7 @@ from kvshare.layers.activations import swiglu
 from kvshare.layers.experts import Experts, expert_sources
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.linear import Linear
-from kvshare.layers.norm import RMSNorm
+from kvshare.layers.norm import RMSNorm, add_then_norm
 from kvshare.layers.rotary import Rotation, frequencies
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
@@ -125,11 +125,11 @@ class Attention(nn.Module):
         rows = self.qkv.part(x, self.q_size, self.qkv.out_features).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
         k, v = rows.unbind(1)  # [tokens, kv_heads, head_dim]
         assert self.k_norm is not None
-        step.append(self.index, {"k": rotation.half_split(self.k_norm(k)), "v": v})
+        step.append(self.index, {"k": rotation.half_split(k, self.k_norm), "v": v})
 
     def forward(self, x: Tensor, rotation: Rotation, step: Step) -> Tensor:  # [tokens, hidden]
-        q = self.q_norm(self.qkv.part(x, 0, self.q_size).unflatten(-1, (self.num_heads, self.head_dim)))
-        out = step.attend(self.index, rotation.half_split(q), scale=self.head_dim**-0.5)  # [tokens, heads, head_dim]
+        q = self.qkv.part(x, 0, self.q_size).unflatten(-1, (self.num_heads, self.head_dim))
+        out = step.attend(self.index, rotation.half_split(q, self.q_norm), scale=self.head_dim**-0.5)  # [tokens, heads, head_dim]
         gate = F.softplus(self.gate(x).float()).to(out.dtype)  # [tokens, heads] or [tokens, heads * head_dim]
         gate = gate[..., None] if self.gate_per_head else gate.view_as(out)
         return self.output((out * gate).flatten(1))
@@ -183,8 +183,8 @@ class Block(nn.Module):
             kept, step = step.rows_kept, step.tail()
             x, normed = x[kept], normed[kept]
             rotations = {layer_type: rotation.at_rows(kept) for layer_type, rotation in rotations.items()}
-        x = x + self.attention(normed, rotations[self.layer_type], step)
-        return x + self.mlp(self.mlp_norm(x)), rotations, step
+        x, normed = add_then_norm(x, self.attention(normed, rotations[self.layer_type], step), self.mlp_norm)
+        return x + self.mlp(normed), rotations, step
 
 
 class Laguna(Decoder):

@@ -13,7 +13,7 @@ from kvshare.checkpoints.weights import Source
 from kvshare.layers.activations import swiglu
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.linear import Linear
-from kvshare.layers.norm import RMSNorm
+from kvshare.layers.norm import RMSNorm, add_then_norm
 from kvshare.layers.reader import KeyProjection, with_value_projection
 from kvshare.layers.rotary import Rotation, frequencies
 from kvshare.layout import CacheLayout
@@ -80,22 +80,23 @@ class Attention(nn.Module):
         projects = "k" in config.reader_projections and not kv_heads
         self.key_projection = KeyProjection(self.num_kv_heads, self.head_dim) if projects else None
 
-    def append(self, x: Tensor, rotation: Rotation, step: Step) -> None:  # [tokens, hidden]
-        """Keys and values of every token go into the cache, keys rotated."""
-        rows = self.qkv.part(x, self.q_size, self.qkv.out_features).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
-        k, v = rows.unbind(1)  # [tokens, kv_heads, head_dim]
-        if self.k_norm is not None:
-            k = self.k_norm(k)
-        step.append(self.index, {"k": rotation.half_split(k), "v": v})
+    def append(self, x: Tensor, rotation: Rotation, step: Step) -> Tensor | None:  # [tokens, hidden]
+        """Keys and values of every token go into the cache, keys rotated. Returns the queries' heads where every token goes on."""
+        narrows = step.narrows(self.index)
+        projected = self.qkv.part(x, self.q_size if narrows else 0, self.qkv.out_features)
+        num_heads = (0 if narrows else self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = projected.view(x.shape[0], sum(num_heads), self.head_dim).split(num_heads, dim=1)  # [tokens, heads, head_dim] each
+        step.append(self.index, {"k": rotation.half_split(k, self.k_norm), "v": v})
+        return None if narrows else q
 
-    def forward(self, x: Tensor, rotation: Rotation, step: Step) -> Tensor:  # [tokens, hidden]
-        q = self.qkv.part(x, 0, self.q_size).unflatten(-1, (self.num_heads, self.head_dim))
-        if self.q_norm is not None:
-            q = self.q_norm(q)
-        q = rotation.half_split(q)
+    def forward(self, x: Tensor, q: Tensor | None, rotation: Rotation, step: Step) -> Tensor:  # [tokens, hidden]
+        """`q` is what `append` returned, if it did."""
+        if q is None:
+            q = self.qkv.part(x, 0, self.q_size).view(x.shape[0], self.num_heads, self.head_dim)
+        queries = rotation.half_split(q, self.q_norm)
         if self.key_projection is not None:
-            q = self.key_projection(q)
-        return self.output(step.attend(self.index, q, scale=self.head_dim**-0.5).flatten(1))
+            queries = self.key_projection(queries)
+        return self.output(step.attend(self.index, queries, scale=self.head_dim**-0.5).flatten(1))
 
 
 class Block(nn.Module):
@@ -108,14 +109,14 @@ class Block(nn.Module):
         self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, swiglu, config.mlp_bias)
 
     def forward(self, x: Tensor, rotation: Rotation, step: Step) -> tuple[Tensor, Rotation, Step]:  # [tokens, hidden]
-        normed = self.attention_norm(x)
+        normed, q = self.attention_norm(x), None
         if self.owns:
-            self.attention.append(normed, rotation, step)
+            q = self.attention.append(normed, rotation, step)
         if step.narrows(self.index):
             kept, step = step.rows_kept, step.tail()
             x, normed, rotation = x[kept], normed[kept], rotation.at_rows(kept)
-        x = x + self.attention(normed, rotation, step)
-        return x + self.mlp(self.mlp_norm(x)), rotation, step
+        x, normed = add_then_norm(x, self.attention(normed, q, rotation, step), self.mlp_norm)
+        return x + self.mlp(normed), rotation, step
 
 
 class Llama(Decoder):

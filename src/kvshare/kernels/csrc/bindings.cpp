@@ -18,6 +18,7 @@ using namespace kvshare;
 void bind_encode(nb::module_& m);
 void bind_paged_attention(nb::module_& m);
 void bind_tile_attention(nb::module_& m);
+void bind_small_ops(nb::module_& m);
 
 template <typename T>
 static T* at(uintptr_t address) {
@@ -67,4 +68,5 @@ NB_MODULE(_kernels, m) {
     bind_encode(m);
     bind_paged_attention(m);
     bind_tile_attention(m);
+    bind_small_ops(m);
 }

@@ -14,6 +14,7 @@ namespace avx2 {
 #include "attention.h"
 #include "lanes_plain.h"
 #include "tile_kernel.h"
+#include "small_ops.h"
 }  // namespace avx2
-const Isa isa_avx2 = {"avx2", avx2::round_row, avx2::multiply_rows, avx2::decode_rows, avx2::decode_heads, avx2::spell_plain, avx2::attend_plain, avx2::tile_kernel, avx2::encode_row};
+const Isa isa_avx2 = {"avx2", avx2::round_row, avx2::multiply_rows, avx2::decode_rows, avx2::decode_heads, avx2::spell_plain, avx2::attend_plain, avx2::tile_kernel, avx2::encode_row, avx2::small_ops};
 }  // namespace kvshare

@@ -27,6 +27,7 @@ namespace avx512 {
 #include "attention_avx512.h"
 #include "lanes_avx512.h"
 #include "tile_kernel.h"
+#include "small_ops.h"
 }  // namespace avx512
-const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::spell_avx512, avx512::attend_avx512, avx512::tile_kernel, avx512::encode_row};
+const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::spell_avx512, avx512::attend_avx512, avx512::tile_kernel, avx512::encode_row, avx512::small_ops};
 }  // namespace kvshare

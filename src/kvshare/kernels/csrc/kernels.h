@@ -4,6 +4,7 @@
 
 #include "row_form.h"
 #include "tile.h"
+#include "small_ops_tasks.h"
 
 namespace kvshare {
 
@@ -81,6 +82,7 @@ struct Isa {
     TileKernel tile;
     // One row of k numbers, bfloat16 or float32, as blocks: Q8_0, Q4_1 or Q4_K.
     void (*encode)(BlockType type, const void* numbers, bool bf16, int64_t k, uint8_t* to);
+    SmallOps small;
 };
 
 // The sets that this build knows, best first; `usable` asks the processor. A set for AMX goes in front, with its own file and flags.

@@ -1,0 +1,93 @@
+#include "small_ops_calls.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace kvshare {
+
+static constexpr int64_t NUMBERS_OF_A_THREAD = 1 << 15;  // fewer are done before another thread has woken up
+
+template <typename Run>  // (begin, end)
+static void over(int64_t count, int64_t numbers_each, Run run) {
+    const int64_t threads = std::min<int64_t>({omp_get_max_threads(), count, 1 + count * numbers_each / NUMBERS_OF_A_THREAD});
+    if (threads < 2) {
+        run(0, count);
+        return;
+    }
+#pragma omp parallel num_threads(int(threads))
+    {
+        const int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
+        run(count * part / parts, count * (part + 1) / parts);
+    }
+}
+
+// The weight of a norm as floats, in `kept`; nullptr where nothing is normed.
+static const float* factors(const Norm& norm, int64_t width, std::vector<float>& kept) {
+    if (norm.eps < 0) return nullptr;
+    kept.assign(size_t(width), 1.0f);
+    if (!norm.weight) return kept.data();
+    for (int64_t i = 0; i < width; i++) {
+        float v;
+        if (norm.bf16) {
+            const uint32_t bits = uint32_t(static_cast<const uint16_t*>(norm.weight)[i]) << 16;
+            memcpy(&v, &bits, 4);
+        } else {
+            v = static_cast<const float*>(norm.weight)[i];
+        }
+        kept[size_t(i)] = norm.offset + v;
+    }
+    return kept.data();
+}
+
+static thread_local std::vector<float> first_factors, second_factors;
+
+void run_heads(const Isa& isa, HeadsTask task, const Norm& norm, bool bf16, int64_t rows) {
+    task.weight = factors(norm, task.width, first_factors);
+    task.eps = norm.eps;
+    over(rows, task.heads * task.width, [&](int64_t begin, int64_t end) { isa.small.heads(task, bf16, begin, end); });
+}
+
+void run_sum(const Isa& isa, SumTask task, const Norm& of_y, const Norm& of_sum, bool bf16, int64_t rows) {
+    task.y_weight = factors(of_y, task.width, first_factors);
+    task.weight = factors(of_sum, task.width, second_factors);
+    task.y_eps = of_y.eps;
+    task.eps = of_sum.eps;
+    over(rows, task.width, [&](int64_t begin, int64_t end) { isa.small.sum(task, bf16, begin, end); });
+}
+
+void run_gate(const Isa& isa, const GateTask& task, bool bf16, int64_t rows) {
+    over(rows, task.width, [&](int64_t begin, int64_t end) { isa.small.gate(task, bf16, begin, end); });
+}
+
+void run_cap(const Isa& isa, float* x, int64_t count, float cap) {
+    over(count, 1, [&](int64_t begin, int64_t end) { isa.small.cap(x + begin, end - begin, cap); });
+}
+
+static const PageRun& run_of(const NewRows& sequence, const RowsToAppend& rows, int64_t first_page, int64_t last_page) {
+    const PageRun& run = sequence.runs[rows.table];
+    if (first_page < run.first_page || last_page >= run.first_page + run.num_pages)
+        throw std::out_of_range("rows for pages " + std::to_string(first_page) + " to " + std::to_string(last_page) + ", but the sequence holds " +
+                                std::to_string(run.first_page) + " to " + std::to_string(run.first_page + run.num_pages - 1));
+    return run;
+}
+
+void append_rows(uint8_t* arena, int64_t page_bytes, const NewRows* sequences, int64_t num_sequences, const RowsToAppend& rows) {
+    const uint8_t* from = rows.values;
+    for (int64_t s = 0; s < num_sequences; s++) {
+        const NewRows& sequence = sequences[s];
+        if (!sequence.count) continue;
+        const int64_t last = sequence.past + sequence.count - 1;
+        const PageRun& run = run_of(sequence, rows, sequence.past / rows.rows_per_page, last / rows.rows_per_page);
+        for (int64_t row = sequence.past; row <= last; row++, from += rows.stride_bytes) {
+            const int64_t page = run.pages[row / rows.rows_per_page - run.first_page];
+            memcpy(arena + page * page_bytes + row % rows.rows_per_page * rows.row_bytes, from, size_t(rows.row_bytes));
+        }
+    }
+}
+
+}  // namespace kvshare

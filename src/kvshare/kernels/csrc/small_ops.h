@@ -1,0 +1,164 @@
+// Norms, rotations and activations in plain C++ that compilers vectorise; 16-bit numbers are rounded where torch rounds them.
+// Included once by each isa_*.cpp inside that set's namespace, behind blocks.h.
+#pragma once
+
+inline float number(float v) { return v; }
+inline float number(uint16_t v) { return bf16_to_float(v); }
+
+template <typename T>
+inline T stored(float v);
+template <>
+inline float stored<float>(float v) { return v; }
+template <>
+inline uint16_t stored<uint16_t>(float v) { return float_to_bf16(v); }
+
+template <typename T>
+inline float rounded(float v) { return number(stored<T>(v)); }
+
+// Relative error below 2^-22; numbers beyond what a float can hold give its largest or smallest.
+inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer: 1.5 * 2^23 has no room for a fraction
+    const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const int32_t bits = (int32_t(whole) + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+inline float gelu_tanh(float x) { return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x))); }  // 2 sqrt(2 / pi)
+
+template <typename T>
+inline float inverse_rms(const T* x, int64_t width, float eps) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; i++) {
+        const float v = number(x[i]);
+        sum += v * v;
+    }
+    return 1.0f / sqrtf(sum / float(width) + eps);
+}
+
+// One head through `at`, which gives its numbers, normed or not. C is the type of cos and sin.
+template <typename T, typename C, typename At>
+inline void rotate_head(const HeadsTask& task, int64_t row, At at, T* out) {
+    const int64_t width = task.width, pairs = task.pairs, first = task.interleaved ? width - 2 * pairs : 0;
+    const C *cos = static_cast<const C*>(task.cos) + row * pairs, *sin = static_cast<const C*>(task.sin) + row * pairs;
+    const int64_t passing = task.interleaved ? 0 : 2 * pairs, passing_end = task.interleaved ? first : width;
+#pragma omp simd
+    for (int64_t i = passing; i < passing_end; i++) out[i] = stored<T>(at(i));
+    if (task.interleaved) {
+#pragma omp simd
+        for (int64_t p = 0; p < pairs; p++) {
+            const float a = at(first + 2 * p), b = at(first + 2 * p + 1), c = number(cos[p]), s = number(sin[p]);
+            out[first + 2 * p] = stored<T>(rounded<C>(a * c) - rounded<C>(b * s));
+            out[first + 2 * p + 1] = stored<T>(rounded<C>(b * c) + rounded<C>(a * s));
+        }
+    } else {
+#pragma omp simd
+        for (int64_t p = 0; p < pairs; p++) {
+            const float a = at(p), b = at(p + pairs), c = number(cos[p]), s = number(sin[p]);
+            out[p] = stored<T>(rounded<C>(a * c) - rounded<C>(b * s));
+            out[p + pairs] = stored<T>(rounded<C>(b * c) + rounded<C>(a * s));
+        }
+    }
+}
+
+template <typename T, typename C>
+void heads_rows(const HeadsTask& task, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++)
+        for (int64_t head = 0; head < task.heads; head++) {
+            const T* x = static_cast<const T*>(task.x) + row * task.row_stride + head * task.head_stride;
+            T* out = static_cast<T*>(task.out) + (row * task.heads + head) * task.width;
+            if (task.weight) {
+                const float r = inverse_rms(x, task.width, task.eps);
+                const float* weight = task.weight;
+                rotate_head<T, C>(task, row, [=](int64_t i) { return rounded<T>(number(x[i]) * r * weight[i]); }, out);
+            } else {
+                rotate_head<T, C>(task, row, [=](int64_t i) { return number(x[i]); }, out);
+            }
+        }
+}
+
+inline void heads(const HeadsTask& task, bool bf16, int64_t begin, int64_t end) {
+    if (!bf16) heads_rows<float, float>(task, begin, end);
+    else if (task.precise) heads_rows<uint16_t, float>(task, begin, end);
+    else heads_rows<uint16_t, uint16_t>(task, begin, end);
+}
+
+template <typename T>
+void sum_rows(const SumTask& task, int64_t begin, int64_t end) {
+    const int64_t width = task.width;
+    const float scale = task.scale;
+    for (int64_t row = begin; row < end; row++) {
+        const T *x = static_cast<const T*>(task.x) + row * width, *y = static_cast<const T*>(task.y) + row * width;
+        T* sum = static_cast<T*>(task.sum) + row * width;
+        float squares = 0;
+        const auto add = [&](auto term) {
+            float total = 0;
+#pragma omp simd reduction(+ : total)
+            for (int64_t i = 0; i < width; i++) {
+                const float v = rounded<T>(rounded<T>(number(x[i]) + term(i)) * scale);
+                sum[i] = stored<T>(v);
+                total += v * v;
+            }
+            squares = total;
+        };
+        if (task.y_weight) {
+            const float r = inverse_rms(y, width, task.y_eps);
+            const float* weight = task.y_weight;
+            add([=](int64_t i) { return rounded<T>(number(y[i]) * r * weight[i]); });
+        } else {
+            add([=](int64_t i) { return number(y[i]); });
+        }
+        if (!task.weight) continue;
+        T* normed = static_cast<T*>(task.normed) + row * width;
+        const float r = 1.0f / sqrtf(squares / float(width) + task.eps);
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) normed[i] = stored<T>(number(sum[i]) * r * task.weight[i]);
+    }
+}
+
+inline void sum(const SumTask& task, bool bf16, int64_t begin, int64_t end) {
+    bf16 ? sum_rows<uint16_t>(task, begin, end) : sum_rows<float>(task, begin, end);
+}
+
+template <typename T>
+void gate_rows(const GateTask& task, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+        const T *gate = static_cast<const T*>(task.gate) + row * task.gate_stride, *up = static_cast<const T*>(task.up) + row * task.up_stride;
+        T* out = static_cast<T*>(task.out) + row * task.width;
+        if (task.gelu) {
+#pragma omp simd
+            for (int64_t i = 0; i < task.width; i++) out[i] = stored<T>(rounded<T>(gelu_tanh(number(gate[i]))) * number(up[i]));
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < task.width; i++) out[i] = stored<T>(rounded<T>(silu(number(gate[i]))) * number(up[i]));
+        }
+    }
+}
+
+inline void gate(const GateTask& task, bool bf16, int64_t begin, int64_t end) {
+    bf16 ? gate_rows<uint16_t>(task, begin, end) : gate_rows<float>(task, begin, end);
+}
+
+inline void cap(float* x, int64_t count, float cap) {
+    const float inverse = 1.0f / cap;
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+        const float e = exponential(-2.0f * (x[i] < 0 ? -x[i] : x[i]) * inverse);
+        const float t = cap * (1.0f - e) / (1.0f + e);
+        x[i] = x[i] < 0 ? -t : t;
+    }
+}
+
+constexpr SmallOps small_ops = {heads, sum, gate, cap};

@@ -1,0 +1,42 @@
+// The operations between the products over all rows, shared among the threads where there are enough; and new rows to their pages.
+#pragma once
+#include "kernels.h"
+
+namespace kvshare {
+
+struct Norm {
+    const void* weight;  // [width], bfloat16 or float32, or nullptr for a norm without one
+    bool bf16;
+    float offset;  // added to the weight
+    float eps;     // negative: no norm
+};
+
+// `task` without what `norm` says.
+void run_heads(const Isa& isa, HeadsTask task, const Norm& norm, bool bf16, int64_t rows);
+void run_sum(const Isa& isa, SumTask task, const Norm& of_y, const Norm& of_sum, bool bf16, int64_t rows);
+void run_gate(const Isa& isa, const GateTask& task, bool bf16, int64_t rows);
+void run_cap(const Isa& isa, float* x, int64_t count, float cap);
+
+// The pages of one (owner, stream) of one sequence, as Python keeps them: 64-bit integers.
+struct PageRun {
+    const int32_t* pages;
+    int64_t first_page, num_pages;
+};
+
+// The rows `past ... past + count - 1` that one sequence adds to each of its streams with a row a token.
+struct NewRows {
+    const PageRun* runs;  // of all its tables
+    int64_t past, count;
+};
+
+struct RowsToAppend {
+    int64_t table;  // which of a sequence's runs
+    int64_t row_bytes, rows_per_page;
+    const uint8_t* values;  // the rows of all sequences behind one another
+    int64_t stride_bytes;
+};
+
+// Throws std::out_of_range, and has then written some of the rows, where a sequence lacks the pages.
+void append_rows(uint8_t* arena, int64_t page_bytes, const NewRows* sequences, int64_t num_sequences, const RowsToAppend& rows);
+
+}  // namespace kvshare

@@ -1,0 +1,45 @@
+// What the operations between the products are asked to do. Strides count numbers; the last dimension of everything is in one piece.
+#pragma once
+#include <cstdint>
+
+namespace kvshare {
+
+// Heads of x, normed if `weight` is given and then rotated if there are `pairs`: [rows, heads, width] -> `out`, in one piece.
+struct HeadsTask {
+    const void* x;
+    void* out;
+    int64_t row_stride, head_stride, heads, width;
+    const float* weight;  // [width], with whatever its model adds to it; nullptr: no norm
+    float eps;
+    const void *cos, *sin;  // [rows, pairs]
+    bool precise;           // these two are float32 whatever x is: then a rotation is rounded once
+    int64_t pairs;
+    bool interleaved;  // pairs (2i, 2i + 1) of the last numbers instead of (i, i + pairs) of the first
+};
+
+// sum = (x + norm(y)) * scale, and normed = norm(sum): [rows, width] each, where either norm may be missing.
+struct SumTask {
+    const void *x, *y;
+    void *sum, *normed;  // normed only where there is `weight`
+    int64_t width;
+    const float *y_weight, *weight;  // [width] or nullptr
+    float y_eps, eps, scale;
+};
+
+// out = activation(gate) * up: [rows, width], out in one piece.
+struct GateTask {
+    const void *gate, *up;
+    void* out;
+    int64_t gate_stride, up_stride, width;
+    bool gelu;  // in its tanh form; otherwise SiLU
+};
+
+// What every instruction set provides: rows [begin, end) of a task, in bfloat16 or float32.
+struct SmallOps {
+    void (*heads)(const HeadsTask& task, bool bf16, int64_t begin, int64_t end);
+    void (*sum)(const SumTask& task, bool bf16, int64_t begin, int64_t end);
+    void (*gate)(const GateTask& task, bool bf16, int64_t begin, int64_t end);
+    void (*cap)(float* x, int64_t count, float cap);  // x = cap * tanh(x / cap)
+};
+
+}  // namespace kvshare

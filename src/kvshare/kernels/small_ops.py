@@ -1,0 +1,113 @@
+"""The operations between the products in one native call each: norms, rotations, activations, sums, the cap of logits.
+
+Their twins in plain torch are the layers' own (`kvshare.layers.norm`, `rotary`, `activations`), which run where `takes` says no. The
+kernels compute in float32 and round to bfloat16 wherever torch does. They differ in the order of a norm's sum and in the exponential
+(relative error below 2^-22): in float32 by at most 2^-20 of the result (and of the numbers that were added or rotated into it), in
+bfloat16 by a unit in the last place where the unrounded number lay that close to the middle. A row's result depends on that row alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvshare.kernels.native import available, module
+
+_DTYPES = (torch.bfloat16, torch.float32)
+
+
+class Norm(NamedTuple):
+    """x / rms(x) * (offset + weight); no weight is a weight of 1."""
+
+    weight: Tensor | None  # [width], bfloat16 or float32
+    offset: float
+    eps: float
+
+    def native(self) -> tuple[int, bool, float, float]:
+        weight = self.weight
+        if weight is None:
+            return 0, False, 0.0, self.eps
+        assert weight.dtype in _DTYPES
+        return weight.data_ptr(), weight.dtype == torch.bfloat16, self.offset, self.eps
+
+
+_NO_NORM = (0, False, 0.0, -1.0)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels compute with `x`: bfloat16 or float32 in the CPU's memory, numbers in one piece, and no gradient wanted."""
+    return x.dtype in _DTYPES and x.is_cpu and available() and not torch.is_grad_enabled() and x.stride(-1) == 1
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:  # [..., width]
+    """`norm` of `x`."""
+    return _heads(x if x.dim() == 3 else x.reshape(-1, 1, x.shape[-1]), norm, None, None, False).view(x.shape)
+
+
+def rotate(
+    x: Tensor,  # [tokens, heads, width]
+    cos: Tensor,  # [tokens, 1, pairs], in x's dtype or float32, in one piece
+    sin: Tensor,
+    *,
+    interleaved: bool,
+    norm: Norm | None = None,
+) -> Tensor:  # [tokens, heads, width]
+    """Heads, normed first if there is a norm, rotated by pairs: (i, i + pairs) of the first ones, interleaved (2i, 2i + 1) of the last."""
+    return _heads(x, norm, cos, sin, interleaved)
+
+
+def _heads(x: Tensor, norm: Norm | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Tensor:
+    rows, heads, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype)
+    turns = (0, 0, False, 0) if cos is None or sin is None else (cos.data_ptr(), sin.data_ptr(), cos.dtype != x.dtype, cos.shape[-1])
+    native = _NO_NORM if norm is None else norm.native()
+    row_stride, head_stride, _ = x.stride()
+    module().heads(
+        x.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, rows, row_stride, heads, head_stride, width, native, *turns, interleaved
+    )
+    return out
+
+
+def add(x: Tensor, y: Tensor, *, of_y: Norm | None, scale: float = 1.0) -> Tensor:  # [rows, width] each
+    """(x + of_y(y)) * scale."""
+    return _sum(x, y, of_y, None, scale)[0]
+
+
+def add_and_norm(x: Tensor, y: Tensor, norm: Norm, *, of_y: Norm | None) -> tuple[Tensor, Tensor]:  # [rows, width] each
+    """x + of_y(y), and `norm` of it."""
+    return _sum(x, y, of_y, norm, 1.0)
+
+
+def _sum(x: Tensor, y: Tensor, of_y: Norm | None, norm: Norm | None, scale: float) -> tuple[Tensor, Tensor]:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        raise ValueError(f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)} cannot be added")
+    x, y = x.contiguous(), y.contiguous()
+    total = torch.empty(x.shape, dtype=x.dtype)
+    normed = total if norm is None else torch.empty(x.shape, dtype=x.dtype)
+    natives = (_NO_NORM if each is None else each.native() for each in (of_y, norm))
+    rows, width = x.shape
+    module().sum(x.data_ptr(), y.data_ptr(), total.data_ptr(), normed.data_ptr(), x.dtype == torch.bfloat16, rows, width, *natives, scale)
+    return total, normed
+
+
+def takes_gates(gate: Tensor, up: Tensor) -> bool:
+    """Whether `gated` takes these: `takes`, and two matrices of one type."""
+    return takes(gate) and gate.dim() == 2 and gate.dtype == up.dtype and gate.shape == up.shape and up.stride(-1) == 1
+
+
+def gated(gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:  # [rows, width] each
+    """activation(gate) * up, with GELU in its tanh form or SiLU."""
+    rows, width = gate.shape
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    module().gate(
+        gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.dtype == torch.bfloat16, rows, gate.stride(0), up.stride(0), width, gelu
+    )
+    return out
+
+
+def cap_(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap), in place: float32 in one piece. Differs from torch by at most 2^-21 cap."""
+    module().cap(x.data_ptr(), x.numel(), cap)
+    return x
