@@ -25,7 +25,6 @@ struct Tile {
     int first;
     uint32_t* values;  // [panels, TILE_ROWS / 2, PANEL] pairs of rows of v, see `pack_values`
     const Tile* next;  // whose rows will be read after this one's; null: none
-    int k_bytes, v_bytes;  // of a row in memory
 };
 
 struct TileKernel {

@@ -125,13 +125,11 @@ void TileAttention::find_rows(const TileStream& stream, const TileRows& rows, in
         }
         std::fill(to, to + begin, to[begin]);  // rows that nobody sees may have no page, but a kernel takes some at once
         std::fill(to + end, to + TILE_ROWS, to[end - 1]);
-        return int(head);
     };
     tile.first = int(first);
-    tile.k_bytes = find(tile.k, head_bytes(stream.k_kind, key_width_), rows.k_pages, rows.k_first_page, stream.k_row_bytes, stream.k_rows_per_page);
-    tile.v_bytes = 0;
+    find(tile.k, head_bytes(stream.k_kind, key_width_), rows.k_pages, rows.k_first_page, stream.k_row_bytes, stream.k_rows_per_page);
     if (stream.same) std::copy(tile.k, tile.k + TILE_ROWS, tile.v);
-    else tile.v_bytes = find(tile.v, head_bytes(stream.v_kind, value_width_), rows.v_pages, rows.v_first_page, stream.v_row_bytes, stream.v_rows_per_page);
+    else find(tile.v, head_bytes(stream.v_kind, value_width_), rows.v_pages, rows.v_first_page, stream.v_row_bytes, stream.v_rows_per_page);
 }
 
 // Encoded rows as numbers in `decoded` [2, TILE_ROWS, widths], and the tile pointed at them.

@@ -24,17 +24,37 @@ inline void store(void* to, T x) {
 
 inline Words all_words(const void* from) { return load<int32_t>(from) - Words{}; }
 
-// scores[t * stride + lane] (+)= the product of `pairs` pairs of row t and of the queries, for Rows rows and Vectors vectors of lanes.
-template <int Rows, int Vectors>
-inline void score(const uint8_t* const* rows, int64_t offset, const uint32_t* queries, int64_t pairs, int stride, bool more, float* scores) {
+// Rows of the next tile, which are asked for a line at a time while this one is multiplied: all at once they would fill the queues.
+struct NextRows {
+    const uint8_t *k[16], *v[16];  // as many as are multiplied at once, and again the first ones
+
+    NextRows(const Tile* next, int begin, int count) {
+        for (int i = 0; next && i < 16; i++) {
+            k[i] = next->k[begin + i % count];
+            v[i] = next->v[begin + i % count];
+        }
+    }
+
+    void ask(int64_t pair) const {  // 16 pairs of a row are a line
+        __builtin_prefetch(k[pair & 15] + pair / 16 * 64, 0, 2);
+        __builtin_prefetch(v[pair & 15] + pair / 16 * 64, 0, 2);
+    }
+};
+
+// scores[t * stride + lane] (+)= the product of pairs `begin ... end` of row t and of the queries, for Rows rows and Vectors vectors of lanes.
+template <int Rows, int Vectors, bool Asks>
+inline void score(const uint8_t* const* rows, const uint32_t* queries, int64_t begin, int64_t end, int stride, const NextRows& next, float* scores) {
+    const bool more = begin > 0;
+    queries += begin * stride;
     Lanes sums[Rows][Vectors];
 #pragma GCC unroll 24
     for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; v++) sums[r][v] = more ? load<Lanes>(scores + r * stride + v * LANES) : Lanes{};
     const uint8_t* at[Rows];
-    for (int r = 0; r < Rows; r++) at[r] = rows[r] + offset;
-    for (int64_t i = 0; i < pairs; i++, queries += stride) {
+    for (int r = 0; r < Rows; r++) at[r] = rows[r];
+    for (int64_t i = begin; i < end; i++, queries += stride) {
+        if constexpr (Asks) next.ask(i);
         Words lanes[Vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; v++) lanes[v] = load<Words>(queries + v * LANES);
@@ -76,23 +96,16 @@ inline void sum_values(const uint32_t* values, const int32_t* weights, int pairs
         for (int v = 0; v < Vectors; v++) store(out + c * stride + v * LANES, sums[c][v]);
 }
 
-// Asks for some rows of the next tile: a few at a time while this one is multiplied, for memory to be busy all along.
-inline void ask_ahead(const Tile& tile, int begin, int end) {
-    for (int t = begin; t < end; t++) {
-        for (int i = 0; i < tile.k_bytes; i += 64) __builtin_prefetch(tile.next->k[t] + i, 0, 2);
-        for (int i = 0; i < tile.v_bytes; i += 64) __builtin_prefetch(tile.next->v[t] + i, 0, 2);
-    }
-}
-
 template <int Rows, int Vectors>
 inline void score_tile(const Tile& tile, int begin, int end, const TileQueries& queries, int vector, float* scores) {
     const int stride = queries.vectors * LANES;
     const int64_t pairs = queries.key_width / 2;
     for (int64_t from = 0; from < pairs; from += PAIRS_AT_ONCE)
         for (int t = begin / Rows * Rows; t < end; t += Rows) {
-            if (tile.next && from == 0 && vector == 0) ask_ahead(tile, t, t + Rows);
-            score<Rows, Vectors>(tile.k + t, 4 * from, queries.packed + from * stride + vector * LANES, pairs - from < PAIRS_AT_ONCE ? pairs - from : PAIRS_AT_ONCE, stride,
-                                 from > 0, scores + t * stride + vector * LANES);
+            const NextRows next(tile.next, t, Rows);
+            (tile.next ? score<Rows, Vectors, true> : score<Rows, Vectors, false>)(tile.k + t, queries.packed + vector * LANES, from,
+                                                                                  pairs - from < PAIRS_AT_ONCE ? pairs : from + PAIRS_AT_ONCE, stride, next,
+                                                                                  scores + t * stride + vector * LANES);
         }
 }
 
