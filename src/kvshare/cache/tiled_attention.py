@@ -14,7 +14,7 @@ from kvshare.kernels.row_kind import row_kind
 from kvshare.kernels.tile_attention import Rows, TileAttention, TileSpan
 from kvshare.layout import CacheLayout, LayerCache, Stream
 
-MANY_HEADS = 48
+MANY_HEADS = 32
 """Query heads of one KV head from which on a single query, too, is bound by multiplying and not by reading."""
 
 
