@@ -13,7 +13,7 @@ from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.gguf_header import BLOCK_TYPES
 from kvshare.kernels.native import ISAS
 from kvshare.kernels.quantized_weight import BLOCK_TYPES as NAMES
-from kvshare.kernels.quantized_weight import ROWS_IN_BLOCKS, QuantizedWeight, reference_matmul, round_activations
+from kvshare.kernels.quantized_weight import LARGEST_Q, ROWS_IN_BLOCKS, SMALLEST, QuantizedWeight, reference_matmul, round_activations
 from kvshare.layers.linear import Linear
 from kvshare.layers.quantized_linear import QuantizedLinear
 
@@ -51,11 +51,18 @@ def widths(name: str) -> tuple[int, ...]:
 
 def assert_equals_twin(out: Tensor, parts: list[PackedBlocks | Tensor], x: Tensor, start: int = 0, end: int | None = None) -> None:
     expected = reference_matmul(parts, x)[:, start:end]
-    rounded = torch.cat([(x.double() if isinstance(p, Tensor) else round_activations(x)).abs() @ dense(p).abs().T for p in parts], dim=1)[
-        :, start:end
-    ]
-    bound = TOLERANCE * rounded + (2.0**-8 * expected.abs() if out.dtype == torch.bfloat16 else 0) + 1e-30
+    size = torch.cat([(x.double() if isinstance(p, Tensor) else round_activations(x)).abs() @ summands(p).T for p in parts], dim=1)
+    bound = TOLERANCE * size[:, start:end] + (2.0**-8 * expected.abs() if out.dtype == torch.bfloat16 else 0) + 1e-30
     assert ((out.double() - expected).abs() <= bound).all()
+
+
+def summands(part: PackedBlocks | Tensor) -> Tensor:
+    """The size of what is added up for each weight: a product and a minimum are each about as large as their group's largest weight."""
+    weights = dense(part).abs()
+    if isinstance(part, Tensor) or part.type.name not in ("Q4_1", "Q4_K", "Q5_K"):
+        return weights
+    groups = weights.unflatten(-1, (-1, 32))
+    return (weights + 2 * groups.amax(-1, keepdim=True).expand_as(groups).flatten(1)) / 2
 
 
 def dense(part: PackedBlocks | Tensor) -> Tensor:
@@ -68,10 +75,38 @@ def test_product_equals_twin(name: str, dtype: torch.dtype, isa: str) -> None:
     for width in widths(name):
         part = packed(name, 37, width, seed=width)
         weight = QuantizedWeight([part])
-        for rows in (1, 2, 3, 4, 5, ROWS_IN_BLOCKS):
-            x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
-            x[0, :32] = 0  # a group without a scale
-            assert_equals_twin(weight.matmul(x), [part], x)
+        x = torch.randn(ROWS_IN_BLOCKS, width, generator=torch.Generator().manual_seed(1))
+        x[0, :32] = 0  # a group without a scale
+        x[1] *= torch.logspace(-30, 30, width)
+        x[2:, ::97] *= 1000  # outliers, beside which the others keep few of their bits
+        x = x.to(dtype)
+        together = weight.matmul(x)
+        assert_equals_twin(together, [part], x)
+        for rows in range(1, ROWS_IN_BLOCKS):
+            assert torch.equal(weight.matmul(x[-rows:]), together[-rows:])  # whatever rows are beside it
+        assert_equals_twin(weight.matmul(x, dtype=torch.float32), [part], x)
+
+
+@pytest.mark.parametrize("width", [32, 96, 1536, 2080 + 3])
+def test_bfloat16_product_is_that_of_float64(width: int, isa: str) -> None:
+    part = torch.randn(37, width, generator=torch.Generator().manual_seed(width)).bfloat16()
+    weight = QuantizedWeight([part])
+    x = torch.randn(ROWS_IN_BLOCKS, width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x[1] *= torch.logspace(-15, 15, width)
+    together = weight.matmul(x, dtype=torch.float32)
+    assert_equals_twin(together, [part], x)
+    assert_equals_twin(weight.matmul(x), [part], x)
+    assert_equals_twin(weight.matmul(x.float()), [part], x)
+    for rows in range(1, ROWS_IN_BLOCKS):
+        assert torch.equal(weight.matmul(x[-rows:], dtype=torch.float32), together[-rows:])
+
+
+def test_rounding_is_as_exact_as_16_bits() -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    x[1, 3] = 1e4
+    x[2] = 1e-35  # too small for a scale
+    step = x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1) / LARGEST_Q
+    assert ((round_activations(x) - x).abs() <= 0.501 * step + SMALLEST).all()
 
 
 def test_parts_of_several_formats_lie_behind_one_another(isa: str) -> None:
@@ -140,7 +175,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit rows of 64"):
         QuantizedWeight([part, packed("Q4_0", 4, 96)])
     weight = QuantizedWeight([part])
-    for x in (torch.zeros(1, 96), torch.zeros(1, 64, dtype=torch.float16), torch.zeros(64)):
+    for x in (torch.zeros(1, 96), torch.zeros(1, 64, dtype=torch.float16), torch.zeros(64, 1)):
         with pytest.raises(ValueError, match="activations"):
             weight.matmul(x)
     with pytest.raises(ValueError, match="out"):
@@ -154,6 +189,6 @@ def test_layer_stands_in_for_linear() -> None:
     plain.load_state_dict({"weight": part.dequantize(), "bias": bias})
     quantized, x = QuantizedLinear([part], bias), torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        coarsest = x.abs().amax() / 254 * plain.weight.abs().sum(-1)  # what half a step of the rounding adds up to
+        coarsest = x.abs().amax() / (2 * LARGEST_Q) * plain.weight.abs().sum(-1)  # what half a step of the rounding adds up to
         assert ((quantized(x) - plain(x)).abs() <= coarsest + 1e-5).all()
         assert torch.equal(quantized.part(x, 8, 16), quantized(x)[..., 8:16])

@@ -12,7 +12,9 @@ from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.kernels.native import module
 
 GROUP = 32  # activations that share a scale
-ROWS_IN_BLOCKS = 6  # up to so many rows are multiplied with the blocks themselves; more pay for decoding them
+LARGEST_Q = 127 * 256 + 127  # of two signed bytes
+SMALLEST = 1e-30  # a group of smaller activations counts as zeros
+ROWS_IN_BLOCKS = 16  # up to so many rows are multiplied with the blocks themselves; more pay for decoding them
 PANEL_BYTES = 2 << 20  # of decoded weights: they stay in the second-level caches until they are multiplied
 
 BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -22,9 +24,9 @@ BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 class QuantizedWeight:
     """Matrices of the same width behind one another, each in its own format: [out_features, in_features] as a whole.
 
-    A part is `PackedBlocks`, or a bfloat16 matrix [rows, in_features]. Up to `ROWS_IN_BLOCKS` rows of activations are spelled as two
-    8-bit integers with a scale each for every 32 (not for bfloat16 parts), which is as exact as 16 bits, and multiplied with the
-    blocks at the speed of memory. More rows are left as they are, and the weights decoded a panel at a time.
+    A part is `PackedBlocks`, or a bfloat16 matrix [rows, in_features]. Up to `ROWS_IN_BLOCKS` rows of activations are spelled in 16 bits
+    with a scale for every 32 (not for bfloat16 parts) and multiplied with the blocks, which are read from memory once; a row's result does
+    not depend on the rows beside it. More rows are left as they are, and the weights decoded a panel at a time.
     Raises `ValueError` for parts that do not fit together.
     """
 
@@ -50,26 +52,30 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         return self._native.bytes
 
-    def matmul(self, x: Tensor, start: int = 0, end: int | None = None, out: Tensor | None = None) -> Tensor:
-        """x Wᵀ for outputs `start:end`: [rows, in_features] -> [rows, end - start], both float32 or bfloat16."""
+    def matmul(
+        self, x: Tensor, start: int = 0, end: int | None = None, out: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """x Wᵀ for outputs `start:end`: [..., in_features] -> [..., end - start]; `x`, and what comes out, in float32 or bfloat16.
+
+        `dtype` is that of the result where it is not that of `x`; `out` takes the result, and is returned.
+        """
         end = self.out_features if end is None else end
-        if (
-            x.dtype not in (torch.bfloat16, torch.float32)
-            or x.dim() != 2
-            or x.shape[1] != self.in_features
-            or not 0 <= start <= end <= self.out_features
-        ):
+        bf16 = x.dtype == torch.bfloat16
+        if not (bf16 or x.dtype == torch.float32) or x.shape[-1] != self.in_features or not 0 <= start <= end <= self.out_features:
             raise ValueError(
                 f"outputs {start}:{end} of a weight {[self.out_features, self.in_features]} for {x.dtype} activations {list(x.shape)}"
             )
+        shape = (*x.shape[:-1], end - start)
         if out is None:
-            out = torch.empty(x.shape[0], end - start, dtype=x.dtype)
-        elif out.shape != (x.shape[0], end - start) or out.dtype != x.dtype or not out.is_contiguous():
-            raise ValueError(f"out {list(out.shape)} in {out.dtype} for a product {[x.shape[0], end - start]} in {x.dtype}")
-        if x.shape[0] > ROWS_IN_BLOCKS:
-            return self._matmul_decoded(x, start, end, out)
+            out = torch.empty(shape, dtype=dtype or x.dtype)
+        elif out.shape != shape or out.dtype != (dtype or x.dtype) or not out.is_contiguous():
+            raise ValueError(f"out {list(out.shape)} in {out.dtype} for a product {list(shape)} in {dtype or x.dtype}")
         x = x.contiguous()
-        self._native.multiply(x.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], start, end)
+        rows = x.numel() // self.in_features
+        if rows > ROWS_IN_BLOCKS:
+            self._multiply_decoded(x.view(rows, -1), start, end, out.view(rows, -1))
+        else:
+            self._native.multiply(x.data_ptr(), bf16, out.data_ptr(), out.dtype == torch.bfloat16, rows, start, end)
         return out
 
     def decode(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -78,27 +84,21 @@ class QuantizedWeight:
         self._native.decode(start, end, rows.data_ptr(), dtype == torch.bfloat16)
         return rows
 
-    def _matmul_decoded(self, x: Tensor, start: int, end: int, out: Tensor) -> Tensor:
+    def _multiply_decoded(self, x: Tensor, start: int, end: int, out: Tensor) -> None:  # [rows, in_features], [rows, end - start]
         step = max(32, PANEL_BYTES // (self.in_features * x.element_size()) // 32 * 32)
         panel = torch.empty(min(step, end - start), self.in_features, dtype=x.dtype)
         for low in range(start, end, step):
             rows = panel[: min(step, end - low)]
             self._native.decode(low, low + len(rows), rows.data_ptr(), x.dtype == torch.bfloat16)
             out[:, low - start : low - start + len(rows)] = F.linear(x, rows)
-        return out
 
 
-def round_activations(x: Tensor) -> Tensor:  # [rows, in_features] -> float64, the same shape
-    """What the kernels make of activations: 8-bit integers, to nearest even, times a scale for every 32, and what is left once more."""
-    whole = _rounded_once(x.float().unflatten(-1, (-1, GROUP)))
-    left = _rounded_once(x.float().unflatten(-1, (-1, GROUP)) - whole.float())
-    return (whole + left).flatten(-2)
-
-
-def _rounded_once(groups: Tensor) -> Tensor:  # float32 [rows, groups, 32] -> float64
+def round_activations(x: Tensor) -> Tensor:  # [..., in_features] -> float64, the same shape
+    """What the kernels make of activations: integers of 16 bits, to nearest even, times a scale for every 32."""
+    groups = x.float().unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0)
-    return torch.round(groups * inverse).double() * (largest / 127).double()
+    inverse = torch.where(largest > SMALLEST, torch.full_like(largest, LARGEST_Q) / largest, 0)
+    return (torch.round(groups * inverse).double() * (largest / LARGEST_Q).double()).flatten(-2)
 
 
 def reference_matmul(parts: Sequence[PackedBlocks | Tensor], x: Tensor) -> Tensor:  # [rows, in_features] -> float64 [rows, out_features]

@@ -23,4 +23,4 @@ class Embedding(nn.Module):
     def scores(self, hidden: Tensor) -> Tensor:  # [rows, width] -> [rows, entries]
         """The product with every row: the head of a model that ties it to its embedding."""
         native = self._few_rows.of(self.weight, hidden)
-        return F.linear(hidden, self.weight) if native is None else native.matmul(hidden.float())
+        return F.linear(hidden, self.weight) if native is None else native.matmul(hidden, dtype=torch.float32)

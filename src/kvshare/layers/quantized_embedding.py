@@ -21,4 +21,4 @@ class QuantizedEmbedding(nn.Module):
         return self.table.rows(tokens).to(self.dtype)
 
     def scores(self, hidden: Tensor) -> Tensor:  # [rows, width] -> [rows, entries]
-        return self.weight.matmul(hidden.float())  # the logits of two good tokens are often closer than 16 bits can tell
+        return self.weight.matmul(hidden, dtype=torch.float32)  # the logits of two good tokens are often closer than 16 bits can tell

@@ -31,7 +31,7 @@ class QuantizedLinear(nn.Module):
 
     def part(self, x: Tensor, start: int, end: int) -> Tensor:  # [..., in_features] -> [..., end - start]
         """Only outputs `start:end`: one of the projections that lie together."""
-        out = self.weight.matmul(x.reshape(-1, x.shape[-1]), start, end).view(*x.shape[:-1], end - start)
+        out = self.weight.matmul(x, start, end)
         return out if self.bias is None else out.add_(self.bias[start:end].to(out.dtype))
 
 

@@ -57,9 +57,9 @@ NB_MODULE(_kernels, m) {
         .def_prop_ro("out_features", &QuantizedWeight::out_features)
         .def_prop_ro("bytes", &QuantizedWeight::bytes)
         .def("multiply",
-             [](const QuantizedWeight& self, uintptr_t x, uintptr_t out, bool bf16, int64_t rows, int64_t begin, int64_t end) {
+             [](const QuantizedWeight& self, uintptr_t x, bool x_bf16, uintptr_t out, bool out_bf16, int64_t rows, int64_t begin, int64_t end) {
                  nb::gil_scoped_release released;
-                 self.multiply(active_isa(), at<const void>(x), at<void>(out), bf16, rows, begin, end);
+                 self.multiply(active_isa(), at<const void>(x), x_bf16, at<void>(out), out_bf16, rows, begin, end);
              })
         .def("decode", [](const QuantizedWeight& self, int64_t begin, int64_t end, uintptr_t to, bool bf16) {
             nb::gil_scoped_release released;

@@ -1,4 +1,4 @@
-// Blocks as bfloat16 for AVX512, with the readers of product_avx512.h. Float32 and bfloat16 weights take the plain way.
+// Blocks as bfloat16 for AVX512, with the readers of blocks_avx512.h. Float32 and bfloat16 weights take the plain way.
 #pragma once
 
 // 32 of 64 bytes of weights as bfloat16: q * scale + rest, with a scale and a rest for each 16.

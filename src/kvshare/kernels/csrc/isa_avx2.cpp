@@ -16,5 +16,5 @@ namespace avx2 {
 #include "tile_kernel.h"
 #include "small_ops.h"
 }  // namespace avx2
-const Isa isa_avx2 = {"avx2", avx2::round_row, avx2::multiply_rows, avx2::decode_rows, avx2::decode_heads, avx2::spell_plain, avx2::attend_plain, avx2::tile_kernel, avx2::encode_row, avx2::small_ops};
+const Isa isa_avx2 = {"avx2", avx2::round_row, avx2::multiply_rows, avx2::multiply_bf16, avx2::decode_rows, avx2::decode_heads, avx2::spell_plain, avx2::attend_plain, avx2::tile_kernel, avx2::encode_row, avx2::small_ops};
 }  // namespace kvshare

@@ -15,7 +15,9 @@ namespace avx512 {
 #include "encode_blocks.h"
 #include "vectors_avx512.h"
 #include "product.h"
+#include "strips_avx512.h"
 #include "product_avx512.h"
+#include "blocks_avx512.h"
 #include "decode_avx512.h"
 #include "row_decode.h"
 #include "attention.h"
@@ -29,5 +31,5 @@ namespace avx512 {
 #include "tile_kernel.h"
 #include "small_ops.h"
 }  // namespace avx512
-const Isa isa_avx512 = {"avx512", avx512::round_row, avx512::multiply_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::spell_avx512, avx512::attend_avx512, avx512::tile_kernel, avx512::encode_row, avx512::small_ops};
+const Isa isa_avx512 = {"avx512", avx512::round_avx512, avx512::multiply_avx512, avx512::multiply_bf16_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::spell_avx512, avx512::attend_avx512, avx512::tile_kernel, avx512::encode_row, avx512::small_ops};
 }  // namespace kvshare

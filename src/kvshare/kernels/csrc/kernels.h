@@ -31,17 +31,18 @@ constexpr BlockShape shape_of(BlockType type) {
     return {0, 0};
 }
 
-// One row of activations, rounded to 8 bits with a scale for every 32. Arrays reach to the next multiple of PADDED, with zeros.
+// One row of activations as numbers of 16 bits with a scale for every 32: x = scale * q, |q| <= LARGEST_Q. Its length is a multiple of 32.
 struct Activations {
-    int8_t* q;     // [k]
-    float* scale;  // [k / 32]
-    float* sum;    // [k / 32] scale times the sum of 32 q: what a minimum or an offset of the weights is multiplied by
-    float* sum16;  // [k / 16] the same for 16
-    float* exact;  // [k] the row before rounding, for BF16 weights
+    int16_t* q;      // [k] (AVX512 keeps the bytes of each 32 apart: 32 upper ones u, then 32 lower ones l, both signed, q = 256 u + l)
+    float* scale;    // [k / 32]
+    float* sum;      // [k / 32] scale times the sum of 32 q: what a minimum of the weights is multiplied by
+    int32_t* sum32;  // [k / 32] the sum of 32 q: what an offset of the weights is multiplied by
+    int32_t* sum16;  // [k / 16] the same for 16
 };
 
-constexpr int64_t PADDED = 512;
-constexpr int64_t MAX_ROWS = 4;     // rows of activations that one call multiplies
+constexpr float LARGEST_Q = 127 * 256 + 127;
+constexpr float SMALLEST = 1e-30f;  // 32 numbers below count as zeros: their scale could not be divided by
+constexpr int64_t MAX_ROWS = 8;     // rows of activations that one call multiplies
 constexpr int64_t ATTEND_ROWS = 32;  // rows of the cache that one call attends to
 
 // The queries of one sequence and what has been summed up for them so far.
@@ -68,10 +69,14 @@ constexpr int64_t query_bytes(int width) { return int64_t(width + 63) / 64 * 64 
 
 struct Isa {
     const char* name;
-    // Fill weights [begin, end) of one row, multiples of 32 (`end` may be the padded length); x is float32, or bfloat16 where `bf16`.
-    void (*round)(const void* x, bool bf16, int64_t begin, int64_t end, int64_t k, const Activations& to);
-    // y[r * stride + n] = weights[n] . x[r] for `count` rows of weights of k numbers, and `rows` <= MAX_ROWS rows of activations.
-    void (*multiply)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride);
+    // Fill numbers [begin, end) of one row, multiples of 32; x is float32, or bfloat16 where `bf16`.
+    void (*round)(const void* x, bool bf16, int64_t begin, int64_t end, const Activations& to);
+    // y[r * stride + n] = weights[n] . x[r] for `count` rows of weights of k numbers, in any format but BF16, and `rows` <= MAX_ROWS rows
+    // of activations. `ahead`: what will be read next. A result depends on its row of weights and its row of activations alone.
+    void (*multiply)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride,
+                     const uint8_t* ahead);
+    // The same for BF16 weights and activations [rows, k] as they are.
+    void (*multiply_bf16)(const uint8_t* weights, int64_t count, int64_t k, const void* x, bool bf16, int rows, float* y, int64_t stride, const uint8_t* ahead);
     // `count` rows of weights as numbers: to[count, k], bfloat16 or float32.
     void (*decode)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, void* to, bool bf16);
     // Heads of cached rows as numbers: to[r * stride + i] is number i < width of the head at heads[r], bfloat16 or float32; rotated ones stay rotated.

@@ -2,74 +2,99 @@
 // Included once by each isa_*.cpp inside that set's namespace.
 #pragma once
 
-inline void round_row(const void* x, bool bf16, int64_t begin, int64_t end, int64_t k, const Activations& to) {
+inline void round_row(const void* x, bool bf16, int64_t begin, int64_t end, const Activations& to) {
     for (int64_t start = begin; start < end; start += 32) {
         float v[32];
         float largest = 0;
-        for (int i = 0; i < 32; i++) {
-            const int64_t at = start + i;
-            v[i] = at >= k ? 0.0f : bf16 ? bf16_to_float(static_cast<const uint16_t*>(x)[at]) : static_cast<const float*>(x)[at];
-        }
+        for (int i = 0; i < 32; i++) v[i] = bf16 ? bf16_to_float(static_cast<const uint16_t*>(x)[start + i]) : static_cast<const float*>(x)[start + i];
         for (int i = 0; i < 32; i++) largest = fabsf(v[i]) > largest ? fabsf(v[i]) : largest;
-        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        for (int i = 0; i < 32; i++) to.q[start + i] = int8_t(rintf(v[i] * inverse));
+        const float inverse = largest > SMALLEST ? LARGEST_Q / largest : 0.0f, scale = largest / LARGEST_Q;
+        for (int i = 0; i < 32; i++) to.q[start + i] = int16_t(rintf(v[i] * inverse));
         int32_t sums[2] = {};
-        for (int i = 0; i < 16; i++) sums[0] += to.q[start + i];
-        for (int i = 16; i < 32; i++) sums[1] += to.q[start + i];
-        const float scale = largest / 127.0f;
+        for (int i = 0; i < 32; i++) sums[i / 16] += to.q[start + i];
         to.scale[start / 32] = scale;
+        to.sum32[start / 32] = sums[0] + sums[1];
         to.sum[start / 32] = scale * float(sums[0] + sums[1]);
-        for (int h = 0; h < 2; h++) to.sum16[start / 16 + h] = scale * float(sums[h]);
-        memcpy(to.exact + start, v, sizeof v);
+        for (int h = 0; h < 2; h++) to.sum16[start / 16 + h] = sums[h];
     }
 }
 
-// Sums of w * x over the first and the second 16.
-inline void dot_halves(const int8_t* w, const int8_t* x, int32_t& first, int32_t& second) {
+// The sum of scale[0] * (w . x) over the first 16 of each group and scale[1] * (w . x) over the others.
 #if defined(__AVX2__)
-    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)), b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_sign_epi8(a, a), _mm256_sign_epi8(b, a));  // at most 2 * 128 * 127: no saturation
-    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    const __m128i sums = _mm_hadd_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-    const __m128i two = _mm_hadd_epi32(sums, sums);
-    first = _mm_cvtsi128_si32(two);
-    second = _mm_extract_epi32(two, 1);
+class GroupSums {
+  public:
+    void add(const int8_t* w, const int16_t* x, float first, float second) {
+        sums_ = _mm256_fmadd_ps(_mm256_set1_ps(first), sixteen(w, x), sums_);
+        sums_ = _mm256_fmadd_ps(_mm256_set1_ps(second), sixteen(w + 16, x + 16), sums_);
+    }
+    float total() const {
+        __m128 v = _mm_add_ps(_mm256_castps256_ps128(sums_), _mm256_extractf128_ps(sums_, 1));
+        v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+        return _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps(v, v, 1)));
+    }
+
+  private:
+    static __m256 sixteen(const int8_t* w, const int16_t* x) {
+        const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+        return _mm256_cvtepi32_ps(_mm256_madd_epi16(wide, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+    }
+    __m256 sums_ = _mm256_setzero_ps();
+};
 #else
-    first = second = 0;
-    for (int i = 0; i < 16; i++) first += int32_t(w[i]) * x[i];
-    for (int i = 16; i < 32; i++) second += int32_t(w[i]) * x[i];
+class GroupSums {
+  public:
+    void add(const int8_t* w, const int16_t* x, float first, float second) {
+        int32_t sums[2] = {};
+        for (int h = 0; h < 2; h++)
+            for (int i = 16 * h; i < 16 * h + 16; i++) sums[h] += int32_t(w[i]) * x[i];
+        sum_ += first * float(sums[0]) + second * float(sums[1]);
+    }
+    float total() const { return sum_; }
+
+  private:
+    float sum_ = 0;
+};
 #endif
-}
 
 template <BlockType T>
 void multiply_blocks(const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride) {
     constexpr BlockShape shape = shape_of(T);
     const int64_t row_bytes = k / shape.weights * shape.bytes;
     for (int64_t n = 0; n < count; n++) {
-        float sums[MAX_ROWS] = {};
+        GroupSums sums[MAX_ROWS];
+        float minima[MAX_ROWS] = {};
         for (int64_t g = 0; g < k / 32; g++) {
             Group w;
             read_group<T>(weights + n * row_bytes, g, w);
             for (int r = 0; r < rows; r++) {
-                int32_t first, second;
-                dot_halves(w.q, x[r].q + 32 * g, first, second);
-                sums[r] += x[r].scale[g] * (w.scale[0] * float(first) + w.scale[1] * float(second)) + w.minimum * x[r].sum[g];
+                const float scale = x[r].scale[g];
+                sums[r].add(w.q, x[r].q + 32 * g, scale * w.scale[0], scale * w.scale[1]);
+                minima[r] += w.minimum * x[r].sum[g];
             }
         }
-        for (int r = 0; r < rows; r++) y[r * stride + n] = sums[r];
+        for (int r = 0; r < rows; r++) y[r * stride + n] = sums[r].total() + minima[r];
     }
 }
 
-inline void multiply_bf16(const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride) {
+inline float to_float(float x) { return x; }
+inline float to_float(uint16_t x) { return bf16_to_float(x); }
+
+template <typename Number>
+void multiply_wide(const uint8_t* weights, int64_t count, int64_t k, const Number* x, int rows, float* y, int64_t stride) {
     const uint16_t* w = reinterpret_cast<const uint16_t*>(weights);
     for (int64_t n = 0; n < count; n++, w += k)
         for (int r = 0; r < rows; r++) {
-            const float* exact = x[r].exact;
+            const Number* row = x + r * k;
             float sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < k; i++) sum += bf16_to_float(w[i]) * exact[i];
+            for (int64_t i = 0; i < k; i++) sum += bf16_to_float(w[i]) * to_float(row[i]);
             y[r * stride + n] = sum;
         }
+}
+
+inline void multiply_bf16(const uint8_t* weights, int64_t count, int64_t k, const void* x, bool bf16, int rows, float* y, int64_t stride, const uint8_t*) {
+    if (bf16) multiply_wide(weights, count, k, static_cast<const uint16_t*>(x), rows, y, stride);
+    else multiply_wide(weights, count, k, static_cast<const float*>(x), rows, y, stride);
 }
 
 inline void put(float value, float* to) { *to = value; }
@@ -110,9 +135,10 @@ inline void decode_rows(BlockType type, const uint8_t* weights, int64_t count, i
     else decode_numbers(type, weights, count, k, static_cast<float*>(to));
 }
 
-inline void multiply_rows(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride) {
+inline void multiply_rows(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride,
+                          const uint8_t*) {
     switch (type) {
-        case BlockType::BF16: multiply_bf16(weights, count, k, x, rows, y, stride); break;
+        case BlockType::BF16: break;
         case BlockType::Q4_0: multiply_blocks<BlockType::Q4_0>(weights, count, k, x, rows, y, stride); break;
         case BlockType::Q4_1: multiply_blocks<BlockType::Q4_1>(weights, count, k, x, rows, y, stride); break;
         case BlockType::Q5_0: multiply_blocks<BlockType::Q5_0>(weights, count, k, x, rows, y, stride); break;

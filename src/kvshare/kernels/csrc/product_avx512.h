@@ -1,330 +1,179 @@
-// Products with blocks for AVX512 with VNNI and VBMI: 64 weights at a time, read from the file's own bytes by one or two loads and a permutation.
-// Weights become unsigned bytes in their natural order. What an offset or a minimum adds is the same for all weights of a block, so it is
-// left to the end of a row: a dot product of the blocks' 16-bit floats with the activations' sums. Nothing is read behind a row: the last load is masked.
+// Products with blocks for AVX512 with VNNI. A row of activations is 16 bits a number, in two signed bytes: sixteen rows of weights meet one
+// broadcast word of it in each instruction, first the upper bytes, then, with the sum shifted by 8, the lower ones. The sums of a group are exact.
 #pragma once
 
-using Bytes = __m512i;
-
-inline __m512i shifts(short low, short high) {  // 16-bit shift counts by 256-bit half
-    return _mm512_inserti64x4(_mm512_set1_epi16(low), _mm256_set1_epi16(high), 1);
-}
-
-// Two blocks of 32: lanes of d hold the scale of the block that the lane's four weights belong to.
-struct Pair {
-    Bytes q;
-    __m512 d;
-};
-
-// Byte permutation that spreads the 16 bytes at `quants` of each of two blocks over 32 lanes each.
-inline __m512i spread(int quants, int block_bytes) {
-    alignas(64) uint8_t at[64];
-    for (int i = 0; i < 64; i++) at[i] = uint8_t(quants + (i & 15) + (i >> 5) * block_bytes);
-    return _mm512_load_si512(at);
-}
-
-// Word permutation that puts the 16-bit number at `byte` of each of two blocks in 8 lanes each.
-inline __m256i words(int byte, int block_bytes) {
-    alignas(32) uint16_t at[16];
-    for (int i = 0; i < 16; i++) at[i] = uint16_t((byte + (i >> 3) * block_bytes) / 2);
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(at));
-}
-
-template <BlockType T>
-struct PairReader;
-
-// Formats whose two blocks fit one register: Q4_0, Q4_1, Q5_0, Q5_1.
-template <BlockType T>
-struct NibblePairs {
-    static constexpr int bytes = int(shape_of(T).bytes);
-    static constexpr bool has_fifth = T == BlockType::Q5_0 || T == BlockType::Q5_1;
-    static constexpr bool has_minimum = T == BlockType::Q4_1 || T == BlockType::Q5_1;
-    static constexpr int rest_at = has_minimum ? 2 : 0;  // the 16-bit float that the activations' sums are multiplied by: the minimum, or the scale ...
-    static constexpr float rest_factor = has_minimum ? 1.0f : has_fifth ? -16.0f : -8.0f;  // ... and how often
-    const __m512i quants = spread(bytes - 16, bytes);
-    // halves of each 32: counts by 128-bit lane 0, 4, 0, 4
-    const __m512i counts = _mm512_set_epi64(0x0004000400040004, 0x0004000400040004, 0, 0, 0x0004000400040004, 0x0004000400040004, 0, 0);
-    const __m512i low = _mm512_set1_epi8(15);
-    const __m512i d_at = _mm512_castsi256_si512(words(0, bytes));
-
-    Pair read(const uint8_t* p, int blocks) const {
-        const __mmask64 mask = (__mmask64(1) << (blocks * bytes)) - 1;
-        const __m512i raw = _mm512_maskz_loadu_epi8(mask, p);
-        Pair to;
-        to.q = _mm512_and_si512(_mm512_srlv_epi16(_mm512_permutexvar_epi8(quants, raw), counts), low);
-        if constexpr (has_fifth) {
-            constexpr int at = has_minimum ? 4 : 2;
-            uint32_t first, second = 0;
-            memcpy(&first, p + at, 4);
-            if (blocks == 2) memcpy(&second, p + bytes + at, 4);
-            const __mmask64 fifth = __mmask64(first) | __mmask64(second) << 32;
-            to.q = _mm512_mask_add_epi8(to.q, fifth, to.q, _mm512_set1_epi8(16));
+inline void round_avx512(const void* x, bool bf16, int64_t begin, int64_t end, const Activations& to) {
+    for (int64_t start = begin; start < end; start += 32) {
+        __m512 v[2];
+        for (int h = 0; h < 2; h++) {
+            const int64_t at = start + 16 * h;
+            if (bf16) v[h] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(x) + at))), 16));
+            else v[h] = _mm512_loadu_ps(static_cast<const float*>(x) + at);
         }
-        to.d = _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(d_at, raw)));
-        return to;
+        const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(v[0]), _mm512_abs_ps(v[1])));
+        const float inverse = largest > SMALLEST ? LARGEST_Q / largest : 0.0f, scale = largest / LARGEST_Q;
+        int8_t* bytes = reinterpret_cast<int8_t*>(to.q + start);
+        int32_t sums[2];
+        for (int h = 0; h < 2; h++) {
+            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[h], _mm512_set1_ps(inverse)));
+            const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 16 * h), _mm512_cvtepi32_epi8(upper));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 32 + 16 * h), _mm512_cvtepi32_epi8(q));
+            sums[h] = _mm512_reduce_add_epi32(q);
+            to.sum16[start / 16 + h] = sums[h];
+        }
+        to.scale[start / 32] = scale;
+        to.sum32[start / 32] = sums[0] + sums[1];
+        to.sum[start / 32] = scale * float(sums[0] + sums[1]);
     }
-};
-template <> struct PairReader<BlockType::Q4_0> : NibblePairs<BlockType::Q4_0> {};
-template <> struct PairReader<BlockType::Q4_1> : NibblePairs<BlockType::Q4_1> {};
-template <> struct PairReader<BlockType::Q5_0> : NibblePairs<BlockType::Q5_0> {};
-template <> struct PairReader<BlockType::Q5_1> : NibblePairs<BlockType::Q5_1> {};
-
-template <>
-struct PairReader<BlockType::Q8_0> {
-    static constexpr int bytes = 34;
-    static constexpr int rest_at = 0;
-    static constexpr float rest_factor = -128.0f;
-    const __m512i flip = _mm512_set1_epi8(char(0x80));  // signed to unsigned
-
-    Pair read(const uint8_t* p, int blocks) const {
-        const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2));
-        const __m256i second = blocks == 2 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 36)) : _mm256_setzero_si256();
-        uint16_t d0, d1 = 0;
-        memcpy(&d0, p, 2);
-        if (blocks == 2) memcpy(&d1, p + 34, 2);
-        Pair to;
-        to.q = _mm512_xor_si512(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1), flip);
-        to.d = _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi16(short(d0))), _mm_set1_epi16(short(d1)), 1));
-        return to;
-    }
-};
-
-// Two numbers, each over eight lanes. (An array that holds them so would be read as fast, but crowd long rows out of the first-level cache.)
-inline __m512 two_over_lanes(const float* p) {
-    double both;
-    memcpy(&both, p, 8);
-    const __m512i at = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-    return _mm512_permutexvar_ps(at, _mm512_castpd_ps(_mm512_set1_pd(both)));
 }
 
-inline __m512i dot(Bytes w, const int8_t* x) { return _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, _mm512_loadu_si512(x)); }
+// sum + w . (the four numbers at x), in each lane.
+inline __attribute__((always_inline)) void add_word(__m512i& sum, Bytes w, const int8_t* x) {
+    // gcc 12 would load and broadcast in an instruction of its own, and the processor look ahead half as far
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
+}
 
-constexpr int64_t AHEAD = 2048;  // bytes that are asked for before they are needed
-constexpr int64_t STRETCH = 512;  // blocks of a row between two collections of the rest
-
-// Sums of whole registers, sixteen rows of weights at a time: one after the other they would cost as much as several blocks.
-template <int Rows>
-class Collected {
+// Asks for what is multiplied next, in the order in which it lies in memory and evenly over the work that goes on meanwhile.
+class LinesAhead {
   public:
-    Collected(float* y, int64_t stride, int64_t count) : y_(y), stride_(stride), count_(count) {
-        for (auto& row : kept_)
-            for (auto& v : row) v = _mm512_setzero_ps();
-    }
-    void add(int64_t n, const __m512* sums) {  // n = 0, 1, ... count - 1
-        for (int r = 0; r < Rows; r++) kept_[r][n % 16] = sums[r];
-        if (n % 16 < 15 && n + 1 < count_) return;
-        const __mmask16 present = __mmask16((2u << n % 16) - 1);
-        for (int r = 0; r < Rows; r++) _mm512_mask_storeu_ps(y_ + r * stride_ + n / 16 * 16, present, sums_of(kept_[r]));
+    LinesAhead(const uint8_t* from, int64_t bytes) : at_(reinterpret_cast<const char*>(from)), near_(bytes <= FIRST_LEVEL) {}
+    template <int Bytes>
+    void ask() {
+        if (near_)
+            for (int i = 0; i < Bytes; i += 64) _mm_prefetch(at_ + i, _MM_HINT_T0);
+        else
+            for (int i = 0; i < Bytes; i += 64) _mm_prefetch(at_ + i, _MM_HINT_T1);
+        at_ += Bytes;
     }
 
   private:
-    float* y_;
-    int64_t stride_, count_;
-    __m512 kept_[Rows][16];
+    static constexpr int64_t FIRST_LEVEL = 16 << 10;  // more would drive out of the first-level cache what is multiplied now
+    const char* at_;
+    bool near_;
 };
 
 template <BlockType T, int Rows>
-void multiply_pairs(const uint8_t* weights, int64_t count, int64_t k, const Activations* x, float* y, int64_t stride) {
-    using Reader = PairReader<T>;
-    const Reader reader;
-    constexpr int bytes = Reader::bytes;
-    alignas(64) uint16_t rest[STRETCH];
-    Collected<Rows> collected(y, stride, count);
-    const uint8_t* p = weights;
-    for (int64_t n = 0; n < count; n++) {
-        __m512 sums[Rows], others[Rows], rests[Rows];  // two chains of additions: one would wait for itself
-        for (int r = 0; r < Rows; r++) sums[r] = others[r] = rests[r] = _mm512_setzero_ps();
-        for (int64_t start = 0, blocks = k / 32; start < blocks; start += STRETCH) {
-            const int64_t end = start + STRETCH < blocks ? start + STRETCH : blocks;
-            const auto add = [&](const Pair& w, int64_t block, __m512* to) {
-                for (int r = 0; r < Rows; r++) {
-                    const __m512 products = _mm512_cvtepi32_ps(dot(w.q, x[r].q + 32 * block));
-                    to[r] = _mm512_fmadd_ps(_mm512_mul_ps(w.d, two_over_lanes(x[r].scale + block)), products, to[r]);
-                }
-            };
-            const auto add_pair = [&](int64_t block, __m512* to) {
-                _mm_prefetch(reinterpret_cast<const char*>(p) + AHEAD, _MM_HINT_T0);
-                add(reader.read(p, 2), block, to);
-                uint16_t first, second;
-                memcpy(&first, p + Reader::rest_at, 2);
-                memcpy(&second, p + bytes + Reader::rest_at, 2);
-                const uint32_t both = first | uint32_t(second) << 16;  // one store; left to itself the compiler spends three shuffles
-                memcpy(rest + block - start, &both, 4);
-                p += 2 * bytes;
-            };
-            int64_t block = start;
-            for (; block + 4 <= end; block += 4) {
-                add_pair(block, sums);
-                add_pair(block + 2, others);
-            }
-            if (block + 2 <= end) {
-                add_pair(block, sums);
-                block += 2;
-            }
-            if (block < end) {
-                add(reader.read(p, 1), block, sums);
-                memcpy(rest + block - start, p + Reader::rest_at, 2);
-                p += bytes;
-            }
-            for (int64_t i = 0; i < end - start; i += 16) {
-                const __mmask16 present = __mmask16(end - start - i >= 16 ? 0xffff : (1 << (end - start - i)) - 1);
-                const __m512 factors = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(present, rest + i));
-                for (int r = 0; r < Rows; r++) rests[r] = _mm512_fmadd_ps(factors, _mm512_loadu_ps(x[r].sum + start + i), rests[r]);
+void multiply_strips(const uint8_t* weights, int64_t count, int64_t k, const Activations* x, float* y, int64_t stride, const uint8_t* ahead) {
+    using Reader = Strip<T>;
+    constexpr int halves = Reader::halves, words = 8 / halves;
+    const int64_t bytes = shape_of(T).bytes, blocks = k / shape_of(T).weights, row_bytes = blocks * bytes;
+    const int8_t* q[Rows];
+    for (int r = 0; r < Rows; r++) q[r] = reinterpret_cast<const int8_t*>(x[r].q);
+    for (int64_t n = 0; n < count; n += LANES) {
+        const uint8_t* rows[LANES];
+        for (int i = 0; i < LANES; i++) rows[i] = weights + (n + i < count ? n + i : count - 1) * row_bytes;
+        LinesAhead lines(n + LANES < count ? rows[0] + LANES * row_bytes : ahead, LANES * row_bytes);
+        Reader strip;
+        Unpacked<Reader::unit, halves> unpacked;
+        __m512 totals[Rows];
+        for (auto& total : totals) total = _mm512_setzero_ps();
+        int64_t group = 0;
+        for (int64_t block = 0; block < blocks; block++) {
+            strip.open(rows, block * bytes);
+            for (int unit = 0; unit < Reader::groups / Reader::unit; unit++) {
+                lines.ask<int(LANES * shape_of(T).bytes * Reader::unit / Reader::groups)>();
+                strip.unpack(unit, unpacked);
+                for (int g = 0; g < Reader::unit; g++, group++)
+                    for (int h = 0; h < halves; h++) {
+                        __m512i upper[Rows], lower[Rows];
+                        for (int r = 0; r < Rows; r++) upper[r] = lower[r] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+                        for (int i = 0; i < words; i++) {
+                            const Bytes w = unpacked.w[8 * g + words * h + i];
+                            for (int r = 0; r < Rows; r++) {
+                                add_word(upper[r], w, q[r] + 64 * group + 4 * (words * h + i));
+                                add_word(lower[r], w, q[r] + 64 * group + 4 * (words * h + i) + 32);
+                            }
+                        }
+                        for (int r = 0; r < Rows; r++) {
+                            __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[r], 8), lower[r]);
+                            if constexpr (Reader::offset > 0)
+                                sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(Reader::offset * (halves == 2 ? x[r].sum16[2 * group + h] : x[r].sum32[group])));
+                            const __m512 scale = _mm512_mul_ps(unpacked.scale[halves * g + h], _mm512_set1_ps(x[r].scale[group]));
+                            totals[r] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum), totals[r]);
+                            if constexpr (Reader::has_minimum) totals[r] = _mm512_fmadd_ps(unpacked.minimum[g], _mm512_set1_ps(x[r].sum[group]), totals[r]);
+                        }
+                    }
             }
         }
-        for (int r = 0; r < Rows; r++) sums[r] = _mm512_fmadd_ps(rests[r], _mm512_set1_ps(Reader::rest_factor), _mm512_add_ps(sums[r], others[r]));
-        collected.add(n, sums);
+        const __mmask16 present = count - n >= LANES ? __mmask16(0xffff) : __mmask16((1u << (count - n)) - 1);
+        for (int r = 0; r < Rows; r++) _mm512_mask_storeu_ps(y + r * stride + n, present, totals[r]);
     }
 }
 
-// Two registers of bfloat16 weights at a time, against the row before rounding.
+// The sums of whole registers for Together rows of weights and Rows of activations; both are read as they are.
 template <int Rows>
-void multiply_wide(const uint8_t* weights, int64_t count, int64_t k, const Activations* x, float* y, int64_t stride) {
-    Collected<Rows> collected(y, stride, count);
-    const uint8_t* p = weights;
-    for (int64_t n = 0; n < count; n++, p += 2 * k) {
-        __m512 low[Rows], high[Rows];
-        for (int r = 0; r < Rows; r++) low[r] = high[r] = _mm512_setzero_ps();
-        for (int64_t i = 0; i < k; i += 32) {
-            _mm_prefetch(reinterpret_cast<const char*>(p) + 2 * i + AHEAD, _MM_HINT_T0);
-            const __mmask32 present = k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1;
-            const __m512i raw = _mm512_maskz_loadu_epi16(present, p + 2 * i);
-            const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(raw)), second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(raw, 1));
-            const __m512 wide[2] = {_mm512_castsi512_ps(_mm512_slli_epi32(first, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(second, 16))};
+void multiply_pairs(const uint8_t* weights, int64_t count, int64_t k, const uint16_t* x, float* y, int64_t stride, const uint8_t* ahead) {
+    constexpr int together = 16 / Rows < 4 ? 16 / Rows : 4;
+    const int64_t whole = k / 32 * 32;
+    const __mmask32 rest = (1u << (k - whole)) - 1;
+    for (int64_t n = 0; n < count; n += together) {
+        const uint16_t* w[together];
+        for (int j = 0; j < together; j++) w[j] = reinterpret_cast<const uint16_t*>(weights) + (n + j < count ? n + j : count - 1) * k;
+        LinesAhead lines(n + together < count ? reinterpret_cast<const uint8_t*>(w[0] + together * k) : ahead, together * k * 2);
+        __m512 sums[16];
+        for (auto& sum : sums) sum = _mm512_setzero_ps();
+        const auto add = [&](auto load, int64_t i) __attribute__((always_inline)) {
+            __m512bh row[together];
+            for (int j = 0; j < together; j++) row[j] = (__m512bh)load(w[j] + i);
             for (int r = 0; r < Rows; r++) {
-                low[r] = _mm512_fmadd_ps(wide[0], _mm512_loadu_ps(x[r].exact + i), low[r]);
-                high[r] = _mm512_fmadd_ps(wide[1], _mm512_loadu_ps(x[r].exact + i + 16), high[r]);
+                const __m512bh numbers = (__m512bh)load(x + r * k + i);
+                for (int j = 0; j < together; j++) sums[r * together + j] = _mm512_dpbf16_ps(sums[r * together + j], row[j], numbers);
             }
+        };
+        for (int64_t i = 0; i < whole; i += 32) {
+            lines.ask<64 * together>();
+            add([](const uint16_t* p) { return _mm512_loadu_si512(p); }, i);
         }
-        for (int r = 0; r < Rows; r++) low[r] = _mm512_add_ps(low[r], high[r]);
-        collected.add(n, low);
+        if (rest) add([rest](const uint16_t* p) { return _mm512_maskz_loadu_epi16(rest, p); }, whole);
+        alignas(64) float out[16];
+        _mm512_store_ps(out, sums_of(sums));
+        for (int r = 0; r < Rows; r++)
+            for (int j = 0; j < together && n + j < count; j++) y[r * stride + n + j] = out[r * together + j];
     }
 }
 
-// Blocks of 256 (k-quants): four registers of 64 weights; scales of 32 (Q4_K, Q5_K, with minima) or of 16 (Q6_K).
-template <BlockType T>
-struct KBlock {
-    static constexpr bool is_six = T == BlockType::Q6_K;
-    const uint8_t* p;
-    __m512 scales;   // 16 of them, or 8 in the lower half
-    __m256 minima;   // 8 (Q4_K, Q5_K), negative
-
-    explicit KBlock(const uint8_t* from) : p(from) {
-        if constexpr (is_six) {
-            const __m512i bytes = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 192)));
-            scales = _mm512_mul_ps(_mm512_cvtepi32_ps(bytes), _mm512_set1_ps(half_to_float(p + 208)));
-        } else {
-            uint32_t a, b, c;  // twelve bytes: scales 0-3, minima 0-3, and the lower halves of 4-7 whose upper bits are spread over the first eight
-            memcpy(&a, p + 4, 4);
-            memcpy(&b, p + 8, 4);
-            memcpy(&c, p + 12, 4);
-            const uint64_t six = uint64_t(a & 0x3f3f3f3f) | uint64_t((c & 0x0f0f0f0f) | (a >> 2 & 0x30303030)) << 32;
-            const uint64_t low = uint64_t(b & 0x3f3f3f3f) | uint64_t((c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030)) << 32;
-            const auto wide = [](uint64_t v) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(v)))); };
-            scales = _mm512_castps256_ps512(_mm256_mul_ps(wide(six), _mm256_set1_ps(half_to_float(p))));
-            minima = _mm256_mul_ps(wide(low), _mm256_set1_ps(-half_to_float(p + 2)));
-        }
-    }
-
-    template <int J>
-    Bytes quants() const {  // weights 64 * J ... 64 * J + 63
-        const __m512i low = _mm512_set1_epi8(15);
-        if constexpr (is_six) {
-            const __m512i raw = _mm512_loadu_si512(p + 64 * (J / 2));
-            const __m512i four = _mm512_and_si512(J % 2 ? _mm512_srli_epi16(raw, 4) : raw, low);
-            const __m512i pairs = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 128 + 32 * (J / 2))));
-            const __m512i two = _mm512_and_si512(_mm512_srlv_epi16(pairs, J % 2 ? shifts(4, 6) : shifts(0, 2)), _mm512_set1_epi8(3));
-            return _mm512_or_si512(four, _mm512_slli_epi16(two, 4));
-        } else {
-            constexpr int at = T == BlockType::Q4_K ? 16 : 48;
-            const __m512i raw = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + at + 32 * J)));
-            __m512i q = _mm512_and_si512(_mm512_srlv_epi16(raw, shifts(0, 4)), low);
-            if constexpr (T == BlockType::Q5_K) {
-                const __m512i bits = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
-                const __m512i tested = _mm512_inserti64x4(_mm512_set1_epi8(char(1 << (2 * J))), _mm256_set1_epi8(char(1 << (2 * J + 1))), 1);
-                q = _mm512_mask_add_epi8(q, _mm512_test_epi8_mask(bits, tested), q, _mm512_set1_epi8(16));
-            }
-            return q;
-        }
-    }
-
-    __m512 scaled(const float* scale) const {  // the block's scales times those of the activations
-        const __m256 eight = _mm256_loadu_ps(scale);
-        if constexpr (is_six) {
-            const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-            return _mm512_mul_ps(scales, _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(eight)));
-        } else {
-            return _mm512_castps256_ps512(_mm256_mul_ps(_mm512_castps512_ps256(scales), eight));
-        }
-    }
-
-    __m512 rest(const Activations& x, int64_t at, __m512 sum) const {  // sum + what the minima (or, to be multiplied by it, the offset) add
-        if constexpr (is_six) return _mm512_fmadd_ps(scales, _mm512_loadu_ps(x.sum16 + at / 16), sum);
-        else return _mm512_fmadd_ps(_mm512_zextps256_ps512(minima), _mm512_loadu_ps(x.sum + at / 32), sum);
-    }
-
-    template <int J>
-    static __m512 over_lanes(__m512 scaled) {  // the scale of each lane's four weights
-        if constexpr (is_six)
-            return _mm512_permutexvar_ps(_mm512_add_epi32(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), _mm512_set1_epi32(4 * J)), scaled);
-        else
-            return _mm512_permutexvar_ps(_mm512_add_epi32(_mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0), _mm512_set1_epi32(2 * J)), scaled);
-    }
-};
-
-template <BlockType T, int Rows>
-void multiply_k(const uint8_t* weights, int64_t count, int64_t k, const Activations* x, float* y, int64_t stride) {
-    using Block = KBlock<T>;
-    constexpr int64_t bytes = shape_of(T).bytes;
-    Collected<Rows> collected(y, stride, count);
-    const uint8_t* p = weights;
-    for (int64_t n = 0; n < count; n++) {
-        __m512 sums[Rows], rests[Rows];
-        for (int r = 0; r < Rows; r++) sums[r] = rests[r] = _mm512_setzero_ps();
-        for (int64_t at = 0; at < k; at += 256, p += bytes) {
-            for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(p) + AHEAD + line, _MM_HINT_T0);
-            const Block block(p);
-            __m512 scaled[Rows];
-            for (int r = 0; r < Rows; r++) {
-                scaled[r] = block.scaled(x[r].scale + at / 32);
-                rests[r] = block.rest(x[r], at, rests[r]);
-            }
-            const auto add = [&]<int J>(std::integral_constant<int, J>) {
-                const Bytes q = block.template quants<J>();
-                for (int r = 0; r < Rows; r++) {
-                    const __m512 products = _mm512_cvtepi32_ps(dot(q, x[r].q + at + 64 * J));
-                    sums[r] = _mm512_fmadd_ps(Block::template over_lanes<J>(scaled[r]), products, sums[r]);
-                }
-            };
-            add(std::integral_constant<int, 0>());
-            add(std::integral_constant<int, 1>());
-            add(std::integral_constant<int, 2>());
-            add(std::integral_constant<int, 3>());
-        }
-        for (int r = 0; r < Rows; r++) sums[r] = _mm512_fmadd_ps(rests[r], _mm512_set1_ps(Block::is_six ? -32.0f : 1.0f), sums[r]);
-        collected.add(n, sums);
-    }
-}
-
-template <int Rows>
-void multiply_avx512_rows(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, float* y, int64_t stride) {
-    switch (type) {
-        case BlockType::BF16: multiply_wide<Rows>(weights, count, k, x, y, stride); break;
-        case BlockType::Q4_0: multiply_pairs<BlockType::Q4_0, Rows>(weights, count, k, x, y, stride); break;
-        case BlockType::Q4_1: multiply_pairs<BlockType::Q4_1, Rows>(weights, count, k, x, y, stride); break;
-        case BlockType::Q5_0: multiply_pairs<BlockType::Q5_0, Rows>(weights, count, k, x, y, stride); break;
-        case BlockType::Q5_1: multiply_pairs<BlockType::Q5_1, Rows>(weights, count, k, x, y, stride); break;
-        case BlockType::Q8_0: multiply_pairs<BlockType::Q8_0, Rows>(weights, count, k, x, y, stride); break;
-        case BlockType::Q4_K: multiply_k<BlockType::Q4_K, Rows>(weights, count, k, x, y, stride); break;
-        case BlockType::Q5_K: multiply_k<BlockType::Q5_K, Rows>(weights, count, k, x, y, stride); break;
-        case BlockType::Q6_K: multiply_k<BlockType::Q6_K, Rows>(weights, count, k, x, y, stride); break;
-    }
-}
-
-inline void multiply_avx512(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride) {
+inline void multiply_bf16_avx512(const uint8_t* weights, int64_t count, int64_t k, const void* x, bool bf16, int rows, float* y, int64_t stride, const uint8_t* ahead) {
+    if (!bf16) return multiply_bf16(weights, count, k, x, bf16, rows, y, stride, ahead);
+    const uint16_t* numbers = static_cast<const uint16_t*>(x);
     switch (rows) {
-        case 1: multiply_avx512_rows<1>(type, weights, count, k, x, y, stride); break;
-        case 2: multiply_avx512_rows<2>(type, weights, count, k, x, y, stride); break;
-        case 3: multiply_avx512_rows<3>(type, weights, count, k, x, y, stride); break;
-        default: multiply_avx512_rows<4>(type, weights, count, k, x, y, stride); break;
+        case 1: multiply_pairs<1>(weights, count, k, numbers, y, stride, ahead); break;
+        case 2: multiply_pairs<2>(weights, count, k, numbers, y, stride, ahead); break;
+        case 3: multiply_pairs<3>(weights, count, k, numbers, y, stride, ahead); break;
+        case 4: multiply_pairs<4>(weights, count, k, numbers, y, stride, ahead); break;
+        case 5: multiply_pairs<5>(weights, count, k, numbers, y, stride, ahead); break;
+        case 6: multiply_pairs<6>(weights, count, k, numbers, y, stride, ahead); break;
+        case 7: multiply_pairs<7>(weights, count, k, numbers, y, stride, ahead); break;
+        default: multiply_pairs<8>(weights, count, k, numbers, y, stride, ahead); break;
+    }
+}
+
+template <BlockType T>
+void multiply_format(const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride, const uint8_t* ahead) {
+    switch (rows) {
+        case 1: multiply_strips<T, 1>(weights, count, k, x, y, stride, ahead); break;
+        case 2: multiply_strips<T, 2>(weights, count, k, x, y, stride, ahead); break;
+        case 3: multiply_strips<T, 3>(weights, count, k, x, y, stride, ahead); break;
+        case 4: multiply_strips<T, 4>(weights, count, k, x, y, stride, ahead); break;
+        case 5: multiply_strips<T, 5>(weights, count, k, x, y, stride, ahead); break;
+        case 6: multiply_strips<T, 6>(weights, count, k, x, y, stride, ahead); break;
+        case 7: multiply_strips<T, 7>(weights, count, k, x, y, stride, ahead); break;
+        default: multiply_strips<T, 8>(weights, count, k, x, y, stride, ahead); break;
+    }
+}
+
+inline void multiply_avx512(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride,
+                            const uint8_t* ahead) {
+    switch (type) {
+        case BlockType::BF16: break;
+        case BlockType::Q4_0: multiply_format<BlockType::Q4_0>(weights, count, k, x, rows, y, stride, ahead); break;
+        case BlockType::Q4_1: multiply_format<BlockType::Q4_1>(weights, count, k, x, rows, y, stride, ahead); break;
+        case BlockType::Q5_0: multiply_format<BlockType::Q5_0>(weights, count, k, x, rows, y, stride, ahead); break;
+        case BlockType::Q5_1: multiply_format<BlockType::Q5_1>(weights, count, k, x, rows, y, stride, ahead); break;
+        case BlockType::Q8_0: multiply_format<BlockType::Q8_0>(weights, count, k, x, rows, y, stride, ahead); break;
+        case BlockType::Q4_K: multiply_format<BlockType::Q4_K>(weights, count, k, x, rows, y, stride, ahead); break;
+        case BlockType::Q5_K: multiply_format<BlockType::Q5_K>(weights, count, k, x, rows, y, stride, ahead); break;
+        case BlockType::Q6_K: multiply_format<BlockType::Q6_K>(weights, count, k, x, rows, y, stride, ahead); break;
     }
 }

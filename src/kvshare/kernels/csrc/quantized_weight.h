@@ -17,8 +17,8 @@ class QuantizedWeight {
     // Throws std::invalid_argument where `in_features` is not whole blocks of every segment.
     QuantizedWeight(std::vector<Segment> segments, int64_t in_features);
 
-    // out[r, n - begin] = weight[n] . x[r] for n in [begin, end); x and out are float32, or bfloat16 where `bf16`.
-    void multiply(const Isa& isa, const void* x, void* out, bool bf16, int64_t rows, int64_t begin, int64_t end) const;
+    // out[r, n - begin] = weight[n] . x[r] for n in [begin, end); x and out are float32, or bfloat16 where so said.
+    void multiply(const Isa& isa, const void* x, bool x_bf16, void* out, bool out_bf16, int64_t rows, int64_t begin, int64_t end) const;
 
     // Rows [begin, end) as bfloat16 or float32.
     void decode(const Isa& isa, int64_t begin, int64_t end, void* to, bool bf16) const;
@@ -28,15 +28,9 @@ class QuantizedWeight {
     int64_t bytes() const { return bytes_; }
 
   private:
-    struct Piece {  // rows that one thread takes at once
-        const uint8_t* rows;
-        int64_t first, count;  // counted from `begin`
-        BlockType type;
-    };
-    std::vector<Piece> pieces(int64_t begin, int64_t end) const;
-
     std::vector<Segment> segments_;
     int64_t in_features_, out_features_ = 0, bytes_ = 0;
+    bool has_blocks_ = false;  // any segment but BF16
 };
 
 }  // namespace kvshare
