@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.machine import measure, median_seconds
 from kvshare import kernels
+from kvshare.benchmark.machine import measure, median_seconds
 from kvshare.cache.arena import Arena
 from kvshare.cache.tables import PageTable
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
@@ -35,7 +35,7 @@ from kvshare.layers.attention import attention
 from kvshare.layout import Stream
 
 Timed = Callable[..., float]
-"""Seconds that a piece of work takes: `benchmarks.machine.median_seconds` with a clock."""
+"""Seconds that a piece of work takes: `kvshare.benchmark.machine.median_seconds` with a clock."""
 
 ROTATED_BYTES = 400 << 20
 MATRICES = ((12288, 1536), (1536, 12288))  # Gemma 4 E2B: gate and up, down

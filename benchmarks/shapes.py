@@ -47,17 +47,28 @@ def checkpoint(shape: str, where: Path) -> Path:
     write_shard()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     _write_tokenizer(directory, config["vocab_size"])
-    model.config.save_pretrained(directory)
+    # under the names of the release as well: other engines' readers know those
+    saved = {**model.config.to_dict(), **settings, "architectures": [type(model).__name__], "dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(saved, indent=1))
     return directory
 
 
 def _write_tokenizer(directory: Path, size: int) -> None:
-    """A word for each id: random weights have nothing to say, but engines decode what comes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A word for nearly each id, spelled by merges and bytes as Gemma's are: that is what llama.cpp's converter takes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0"))  # noqa: S106
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    spelled = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "t", *"0123456789"]
+    words = [f"t{number}" for number in range(size - len(spelled))]
+    merges = [(word[:-1], word[-1]) for word in words]
+    vocabulary = {text: index for index, text in enumerate(spelled + words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))  # noqa: S106
+    tokenizer.normalizer = normalizers.Replace(" ", "")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     tokenizer.save(str(directory / "tokenizer.json"))
+    roles = {f"{text.strip('<>')}_token": text for text in special}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **roles}))
 
 
 def unpacked(gguf: Path, where: Path) -> Path:
@@ -65,12 +76,17 @@ def unpacked(gguf: Path, where: Path) -> Path:
     from kvshare.checkpoints import open_checkpoint
 
     directory = where / gguf.stem
-    if not (directory / "config.json").exists():
+    if not (directory / "tokenizer.json").exists():
+        import transformers
+
         source = open_checkpoint(gguf)
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: source.get(name).bfloat16().contiguous() for name in source.names()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        (directory / "config.json").write_text(json.dumps({**source.config, "dtype": "bfloat16"}))
+        family = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[source.config["model_type"]]
+        config = {**source.config, "architectures": [family], "dtype": "bfloat16"}
+        (directory / "config.json").write_text(json.dumps(config, indent=1))
+        _write_tokenizer(directory, config["vocab_size"])
     return directory
 
 

@@ -222,3 +222,17 @@ def test_cancel_frees_pages_at_once_queued_or_running() -> None:
     assert run.arena.num_free == run.arena.num_pages
     assert not run.has_work
     assert run.cancel(running) is None
+
+
+def test_an_arena_planned_for_a_batch_runs_that_batch() -> None:
+    """Sequences behind their prompts hold no chunk beside their windows: they must not keep the others waiting."""
+    tokens, batch, chunk = 120, 6, 32
+    run = engine(MODEL.layout.peak_pages(tokens, batch, "fp32", chunk), chunk)
+    for seed in range(batch):
+        run.add(prompt(seed, 80), SamplingParams(max_tokens=40, **GREEDY))
+    most = 0
+    while run.has_work:
+        run.step()
+        most = max(most, len(run.scheduler.running))
+    assert most == batch
+    assert run.scheduler.num_preemptions == 0

@@ -18,8 +18,8 @@ class PagePolicy:
         self.layout, self.arena, self.precision, self.chunk = layout, arena, precision, chunk
         self.peak_pages = lru_cache(4096)(self._peak_pages)
 
-    def _peak_pages(self, tokens: int, batch: int = 1) -> int:
-        return self.layout.peak_pages(tokens, batch, self.precision, self.chunk)
+    def _peak_pages(self, tokens: int, batch: int = 1, chunk: int | None = None) -> int:
+        return self.layout.peak_pages(tokens, batch, self.precision, chunk or self.chunk)
 
     def check_possible(self, tokens: int, batch: int) -> None:
         """Raise `CapacityError`, with the numbers, for a request that no empty arena could hold."""
@@ -41,5 +41,8 @@ class PagePolicy:
 
     def can_admit(self, tokens: int, running: Iterable[tuple[int, SequenceCache]]) -> bool:
         """Whether a new sequence of `tokens` tokens fits beside the running ones ((tokens, cache) each) when all prompts have run."""
-        promised = sum(max(0, self.peak_pages(count + 1) - cache.num_pages) for count, cache in running)
+        promised = 0
+        for count, cache in running:
+            chunk = self.chunk if count - cache.num_tokens > 1 else 1  # behind its prompt a sequence holds no chunk beside its windows
+            promised += max(0, self.peak_pages(count + 1, 1, chunk) - cache.num_pages)
         return self.peak_pages(tokens + 1) + promised <= self.arena.num_free

@@ -30,6 +30,7 @@ VERBS: Mapping[str, Verb] = {
     "demo": Verb("kvshare.cli.demo", "Run the small model that comes with kvshare, and see what its cache does."),
     "serve": Verb("kvshare.cli.serve", "Serve a model over HTTP, with OpenAI's API."),
     "tune": Verb("kvshare.cli.tune", "Choose the precision of each owner's cache: the fewest bytes that keep a model's predictions."),
+    "bench": Verb("kvshare.cli.bench", "Measure a model's speed on this machine, beside what the machine could do."),
     "doctor": Verb("kvshare.cli.doctor", "Prove that a model runs right on this machine; without a model, describe the machine."),
 }
 

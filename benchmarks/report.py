@@ -1,0 +1,113 @@
+"""What `benchmarks.compare --json` wrote, as Markdown tables and plots.
+
+python -m benchmarks.report results/*.json [--plots docs/benchmarks]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvshare.benchmark.plot import save_plot
+from kvshare.benchmark.summary import Summary, summarize
+
+Document = Mapping[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--plots", type=Path, metavar="DIRECTORY", help="also draw each file's speeds into an .svg there")
+    options = parser.parse_args()
+    for file in options.files:
+        document = json.loads(file.read_text())
+        print(tables(document), end="\n\n")
+        if options.plots:
+            options.plots.mkdir(parents=True, exist_ok=True)
+            save_plots(document, options.plots / f"{file.stem}.svg")
+
+
+def tables(document: Document) -> str:
+    """A headline and one Markdown table: medians, and ratios of the first engine to each other one within a round."""
+    first = document["engines"][0]
+    summaries = summarize(document["rows"], first)
+    parts = [f"**{document['model']}**: {_conditions(document)}", ""]
+    headings = [
+        "engine",
+        "context",
+        "batch",
+        "first token s",
+        "prefill tok/s",
+        "of GEMM peak",
+        "decode tok/s",
+        "of bandwidth",
+        f"{first} is faster by (prefill, decode)",
+        "cache MB",
+        "peak RSS GB",
+        "anonymous GB",
+    ]
+    parts += [_line(headings), _line(["---"] * len(headings))]
+    return "\n".join(parts + [_line(_cells(each)) for each in summaries])
+
+
+def save_plots(document: Document, path: Path) -> None:
+    """Speed against context, of batch 1 where that was measured."""
+    summaries = summarize(document["rows"], document["engines"][0])
+    smallest = min((each.batch for each in summaries), default=1)
+    title = f"{document['model']}, {document['machine']['processor']}, {document['threads']} threads, batch {smallest}"
+    save_plot([each for each in summaries if each.batch == smallest], title, path)
+
+
+def _conditions(document: Document) -> str:
+    rows, machine = document["rows"], document["machine"]
+    reads, multiplies = ([each[name] for each in rows] for name in ("read_gb_s", "gemm_gflop_s"))
+    rounds = len({each["round"] for each in rows})
+    words = [
+        f"{rounds} round{'s' if rounds > 1 else ''}",
+        f"{document['threads']} threads of {machine['processor']}",
+        f"reads {_span(reads)} GB/s, multiplies {_span(multiplies)} GFLOP/s",
+        f"{document['started'][:16]}, {document['seconds'] / 60:.0f} min",
+    ]
+    return "; ".join(words)
+
+
+def _span(numbers: Sequence[float]) -> str:
+    if not numbers:
+        return "?"
+    low, high = min(numbers), max(numbers)
+    return f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} to {high:.0f} (median {statistics.median(numbers):.0f})"
+
+
+def _cells(each: Summary) -> list[str]:
+    place = [each.engine, f"{each.context:,}", f"{each.batch}"]
+    if each.note:
+        return [*place, each.note, *[""] * 8]
+    ratios = "" if each.decode_ratio is None or each.prefill_ratio is None else f"{each.prefill_ratio:.2f}, {each.decode_ratio:.2f}"
+    return [
+        *place,
+        _number(each.ttft_s, "{:.2f}"),
+        _number(each.prefill_tok_s, "{:,.0f}"),
+        _number(each.gemm_share, "{:.0%}"),
+        _number(each.decode_tok_s, "{:.2f}" if (each.decode_tok_s or 0) < 100 else "{:.0f}"),
+        _number(each.read_share, "{:.0%}"),
+        ratios,
+        _number(each.held_bytes and each.held_bytes / 1e6, "{:.1f}"),
+        _number(each.peak_rss_bytes and each.peak_rss_bytes / 1e9, "{:.2f}"),
+        _number(each.peak_anonymous_bytes and each.peak_anonymous_bytes / 1e9, "{:.2f}"),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""One engine in a process of its own, point by point, with a limit on how long a point may take."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from benchmarks.engines import engine_named
+from benchmarks.memory import MemoryWatch
+
+Point = tuple[int, int]
+"""Context and batch."""
+
+
+def run_engine(
+    name: str, model: str, points: Sequence[Point], settings: dict[str, Any], threads: int, limit: float
+) -> Iterator[dict[str, Any]]:
+    """The rows of one engine, a point after the other as they are there. `settings`: what every engine's `run` takes besides.
+
+    Loading, and each point, may take `limit` seconds. A point that takes longer ends the process: it is reported as `unfinished_s`, and so
+    is every later one without being tried. An engine that fails reports its last line as `error` for what it did not measure.
+    """
+    engine = engine_named(name)
+    python = os.environ.get(engine.python or "", sys.executable)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    spec = {"points": [list(point) for point in points], **settings, **engine.options}
+    command = [python, "-m", f"benchmarks.engines.{engine.module}", model, json.dumps(spec)]
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(
+            command, env={**environment, **engine.environment}, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+        watch = MemoryWatch(process.pid)
+        watch.start()
+        left = list(points)
+        try:
+            for row in _rows(process, limit):
+                if "context" in row:
+                    left.remove((row["context"], row["batch"]))
+                    yield {**row, "peak_rss_bytes": watch.peak_rss_bytes, "peak_anonymous_bytes": watch.peak_anonymous_bytes}
+            process.wait()
+            errors.seek(0)
+            lines = errors.read().strip().splitlines()
+            failure: dict[str, Any] = {"error": lines[-1] if lines else f"exit status {process.returncode}"}
+        except TimeoutError:
+            failure = {"unfinished_s": limit}
+        finally:
+            watch.stop()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: itself and what it started
+                process.wait()
+    for context, batch in left:
+        yield {"context": context, "batch": batch, **failure}
+
+
+def _rows(process: subprocess.Popen[str], limit: float) -> Iterator[dict[str, Any]]:
+    """The JSON lines that a process prints. Raises `TimeoutError` where one takes longer than `limit` seconds."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read(stream: IO[str]) -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put(None)
+
+    assert process.stdout is not None
+    threading.Thread(target=read, args=(process.stdout,), daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=limit)
+        except queue.Empty:
+            raise TimeoutError from None
+        if line is None:
+            return
+        if line.startswith("{"):
+            yield json.loads(line)

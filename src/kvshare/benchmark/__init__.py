@@ -1,0 +1,1 @@
+"""How fast a loaded model runs here, and how fast this machine would let it."""

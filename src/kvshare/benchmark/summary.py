@@ -1,0 +1,98 @@
+"""Measurements of several rounds put together: medians, shares of what the machine could do, ratios within a round."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvshare.benchmark.machine import Machine
+from kvshare.benchmark.run import Measurement
+
+Row = Mapping[str, Any]
+"""One measurement as JSON: what `row` returns, and what was seen from outside (memory); or `unfinished_s`, or `error`."""
+
+
+def row(number: int, engine: str, measured: Measurement, machine: Machine, prompt_flops: int | None) -> dict[str, Any]:
+    """A measurement beside what the machine did in the same round."""
+    return {"round": number, "engine": engine, **asdict(machine), **asdict(measured), "prompt_flops": prompt_flops}
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One engine at one context and batch: medians over rounds. None is what nobody measured, or what cannot be said."""
+
+    engine: str
+    context: int
+    batch: int
+    rounds: int
+    ttft_s: float | None = None
+    prefill_tok_s: float | None = None
+    gemm_share: float | None = None  # operations that the prompt needs, over what the round's GEMM peak allows in that time
+    decode_tok_s: float | None = None  # of all sequences together
+    read_gb_s: float | None = None  # that a decode step must read over the time it took
+    read_share: float | None = None  # of the round's read bandwidth
+    prefill_ratio: float | None = None  # the first engine's speed over this one's
+    decode_ratio: float | None = None
+    held_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    peak_anonymous_bytes: int | None = None
+    note: str = ""
+
+
+def summarize(rows: Iterable[Row], first: str | None = None) -> list[Summary]:
+    """One summary for each engine, context and batch, in order of batch and context; ratios are to `first`, within a round."""
+    groups: dict[tuple[int, int, str], dict[int, Row]] = defaultdict(dict)
+    for each in rows:
+        if "context" in each:
+            groups[each["batch"], each["context"], each["engine"]][each["round"]] = each
+    order = {engine: place for place, engine in enumerate(dict.fromkeys(key[2] for key in groups))}
+    return [
+        _summary(*key, by_round, groups.get((key[0], key[1], first), {}) if first and key[2] != first else {})
+        for key, by_round in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1], item[0][2] != first, order[item[0][2]]))
+    ]
+
+
+def _summary(batch: int, context: int, engine: str, by_round: Mapping[int, Row], firsts: Mapping[int, Row]) -> Summary:
+    done = {number: each for number, each in by_round.items() if "ttft_s" in each}
+    if not done:
+        why = next(iter(by_round.values()))
+        note = why.get("error") or f"not finished in {why['unfinished_s']:.0f} s"
+        return Summary(engine, context, batch, 0, note=note)
+    common = [number for number in done if "ttft_s" in firsts.get(number, {})]
+
+    def median(value: Callable[[Row], float | None]) -> float | None:
+        found = [number for number in map(value, done.values()) if number is not None]
+        return statistics.median(found) if found else None
+
+    def whole(name: str) -> int | None:
+        found = median(lambda each: each.get(name))
+        return None if found is None else round(found)
+
+    def ratio(name: str) -> float | None:
+        return statistics.median(by_round[number][name] / firsts[number][name] for number in common) if common else None
+
+    def read(each: Row) -> float | None:
+        return each["step_bytes"] / each["decode_s"] / 1e9 if each.get("step_bytes") else None
+
+    return Summary(
+        engine,
+        context,
+        batch,
+        len(done),
+        ttft_s=median(lambda each: each["ttft_s"]),
+        prefill_tok_s=median(lambda each: context * batch / each["ttft_s"]),
+        gemm_share=median(
+            lambda each: each["prompt_flops"] * batch / each["ttft_s"] / 1e9 / each["gemm_gflop_s"] if each.get("prompt_flops") else None
+        ),
+        decode_tok_s=median(lambda each: batch / each["decode_s"]),
+        read_gb_s=median(read),
+        read_share=median(lambda each: None if (speed := read(each)) is None else speed / each["read_gb_s"]),
+        prefill_ratio=ratio("ttft_s"),
+        decode_ratio=ratio("decode_s"),
+        held_bytes=whole("held_bytes"),
+        peak_rss_bytes=whole("peak_rss_bytes"),
+        peak_anonymous_bytes=whole("peak_anonymous_bytes"),
+    )
