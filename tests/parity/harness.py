@@ -62,7 +62,7 @@ class Paged:
         pages = model.layout.peak_pages(context, sequences, self.precision, chunk=context) + 8
         self.arena = Arena(pages, page_bytes)
         self.arena.pages.fill_(0xFF)  # NaN in every float type: a row that is read before it is written shows
-        self.cache = PagedCache(model.layout, self.precision)
+        self.cache = PagedCache(model.layout, self.precision, model.key_balance())
         self.sequences = [SequenceCache(model.layout, self.arena, self.precision) for _ in range(sequences)]
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -24,7 +24,8 @@ _STATE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 class PagedCache:
     """What is the same in every step of an engine: codecs by owner, and where each state lies in a sequence's state pages."""
 
-    def __init__(self, layout: CacheLayout, precision: PrecisionChoice):
+    def __init__(self, layout: CacheLayout, precision: PrecisionChoice, balance: Mapping[int, Tensor] | None = None):
+        """`balance` is the model's `key_balance()`."""
         self.layout = layout
         self.codecs: dict[tuple[int, str], Codec] = {}  # by owner and stream
         self.row_bytes: dict[tuple[int, str], int] = {}
@@ -32,7 +33,7 @@ class PagedCache:
         for owner in layout.owners:
             form = layout.precision_of(owner, precision)
             for stream in layout.layers[owner].streams:
-                self.codecs[owner, stream.name] = codec_for(form, stream)
+                self.codecs[owner, stream.name] = codec_for(form, stream, (balance or {}).get(owner))
                 self.row_bytes[owner, stream.name] = stream.row_bytes(form)
                 self.tables[owner, stream.name] = len(self.tables), layout.rows_per_page(owner, stream, precision)
         self.keys_and_values = {owner: keys_and_values(layout.layers[owner]) for owner in layout.owners}

@@ -29,7 +29,7 @@ def tune(
     window: Annotated[int, typer.Option(min=2, help="Tokens that are run together; each window begins anew.")] = 512,
     candidates: Annotated[
         str, typer.Option(metavar="NAMES", help="Precisions to choose from beside bf16, separated by commas.")
-    ] = "int8,rot8,int4,rot4,rot3",
+    ] = "rot9,rot8,int4,rot4,rot3",
     context: Annotated[
         str, typer.Option(metavar="TOKENS", help="Where bytes are counted: long contexts favour small full layers.")
     ] = "32k",

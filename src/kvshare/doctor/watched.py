@@ -56,7 +56,7 @@ class Watched:
         self.arena = Arena(2 * pages, self.layout.page_bytes(precision))
         # twice what is needed, so that one who takes too much is found out by the count and not by its end
         self.arena.pages.fill_(0xFF)  # NaN in every float type: a row that is read before it is written shows
-        self.cache = PagedCache(self.layout, precision)
+        self.cache = PagedCache(self.layout, precision, model.key_balance())
         self.sequences = [SequenceCache(self.layout, self.arena, precision) for _ in range(sequences)]
         self.steps = 0
         self.deviations: list[str] = []  # where the arena was not the plan

@@ -38,7 +38,7 @@ class Engine:
         self.max_context, self.chunk = max_context, chunk
         self.policy = PagePolicy(model.layout, arena, precision, chunk)
         self.scheduler = Scheduler(self.policy, chunk, max_sequences)
-        self.runner = Runner(model, PagedCache(model.layout, precision))
+        self.runner = Runner(model, PagedCache(model.layout, precision, model.key_balance()))
         self.requests: dict[int, Request] = {}
         self._unlimited = model.layout.without_sharing().without_windows()
         self._ids = itertools.count()

@@ -66,7 +66,7 @@ def cached_hidden(model: Model, ids: Sequence[int], precision: PrecisionChoice) 
     arena = Arena(layout.peak_pages(count, 1, precision, chunk=count), layout.page_bytes(precision))
     cache = SequenceCache(layout, arena, precision)
     cache.reserve(count)
-    return model(torch.tensor(list(ids)), PagedStep(PagedCache(layout, precision), [cache], [count]))
+    return model(torch.tensor(list(ids)), PagedStep(PagedCache(layout, precision, model.key_balance()), [cache], [count]))
 
 
 def _compare(model: Model, expected: Tensor, found: Sequence[Tensor], sums: Sequence[_Sum]) -> None:

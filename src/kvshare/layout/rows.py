@@ -59,6 +59,7 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
             Precision("fp8", 8, scales=1),
             Precision("int8", 8, scales=1),
             Precision("int4", 4, scales=2, group=INT4_GROUP),
+            Precision("rot9", 9, scales=1),
             Precision("rot8", 8, scales=1),
             Precision("rot4", 4, scales=1),
             Precision("rot3", 3, scales=1),

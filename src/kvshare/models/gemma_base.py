@@ -13,6 +13,7 @@ from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
 from kvshare.kernels import small_ops
+from kvshare.layers.key_balance import key_balance
 from kvshare.layers.per_layer_embedding import PerLayerInputs, scaled
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies
 from kvshare.layout import CacheLayout
@@ -61,6 +62,8 @@ def check_activation(fields: Fields) -> None:
 class GemmaModel(Decoder):
     """A decoder whose embedding is scaled and whose logits are capped; families add their blocks."""
 
+    blocks: nn.ModuleList
+
     def __init__(self, config: Mapping[str, Any], layout: CacheLayout, norm_offset: float = 0.0):
         fields = Fields(config)
         check_activation(fields)
@@ -79,6 +82,9 @@ class GemmaModel(Decoder):
 
     def context(self, step: Step, dtype: torch.dtype, inputs: PerLayerInputs | None = None) -> Context:
         return Context(step, {kind: table.at(step.positions, dtype) for kind, table in self.frequencies.items()}, inputs)
+
+    def key_balance(self) -> Mapping[int, Tensor]:
+        return key_balance(self.layout, self.blocks, lambda layer: len(self.frequencies[self.layout.layers[layer].kind].inverse))
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
         scores = super().logits(hidden)

@@ -21,6 +21,7 @@ from kvshare.errors import ConfigError
 from kvshare.layers.activations import swiglu
 from kvshare.layers.experts import Experts, expert_sources
 from kvshare.layers.gated_mlp import GatedMlp
+from kvshare.layers.key_balance import key_balance
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm, add_then_norm
 from kvshare.layers.rotary import Rotation, frequencies
@@ -209,6 +210,9 @@ class Laguna(Decoder):
             if not len(x):
                 break
         return self.norm(x)
+
+    def key_balance(self) -> Mapping[int, Tensor]:
+        return key_balance(self.layout, self.blocks, lambda layer: len(self.frequencies[self.config.layer_types[layer]].inverse))
 
     def weight_sources(self) -> dict[str, Source]:
         sources = self.base_sources()

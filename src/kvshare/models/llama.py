@@ -12,6 +12,7 @@ from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.layers.activations import swiglu
 from kvshare.layers.gated_mlp import GatedMlp
+from kvshare.layers.key_balance import key_balance
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm, add_then_norm
 from kvshare.layers.reader import KeyProjection, with_value_projection
@@ -138,6 +139,9 @@ class Llama(Decoder):
             if not len(x):  # a chunk inside a prompt: nobody asked for its logits
                 break
         return self.norm(x)
+
+    def key_balance(self) -> Mapping[int, Tensor]:
+        return key_balance(self.layout, self.blocks, lambda layer: len(self.frequencies.inverse))
 
     def weight_sources(self) -> dict[str, Source]:
         sources = self.base_sources()

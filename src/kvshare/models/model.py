@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -35,6 +36,13 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
         """Scores of the next token. Callers pass few rows at a time: a [prompt, vocabulary] tensor should never exist."""
+
+    def key_balance(self) -> Mapping[int, Tensor]:
+        """By owner: factors [kv_heads, width], powers of two, that make its keys as large as their queries, channel by channel.
+
+        Codecs that lose something divide keys by them. Empty where the weights, which must be loaded, do not tell.
+        """
+        return {}
 
     @abstractmethod
     def weight_sources(self) -> dict[str, Source]:

@@ -15,7 +15,7 @@ from kvshare.models.model import Model
 from kvshare.tuning.assignment import Assignment, greedy_path
 
 REFERENCE = "bf16"
-CANDIDATES = ("int8", "rot8", "int4", "rot4", "rot3")
+CANDIDATES = ("rot9", "rot8", "int4", "rot4", "rot3")
 STEPS_BEHIND = 8  # of the greedy path that are tried behind the first one that leads too far
 
 

@@ -6,10 +6,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kvshare.cache.codecs.balanced import BalancedCodec
 from kvshare.cache.codecs.deepseek import BlockFloatCodec
 from kvshare.cache.codecs.grouped import GroupedCodec
 from kvshare.cache.codecs.raw import RawCodec
-from kvshare.cache.codecs.rotated import RotatedCodec, RotatedScaledCodec
+from kvshare.cache.codecs.rotated import RotatedCodec, RotatedNineCodec, RotatedScaledCodec
 from kvshare.cache.codecs.scaled import ScaledCodec
 from kvshare.layout import Precision, Stream
 from kvshare.layout.rows import NATIVE
@@ -25,8 +26,15 @@ class Codec(Protocol):
         ...
 
 
-def codec_for(precision: Precision, stream: Stream) -> Codec:
-    """The codec of a stream's rows."""
+def codec_for(precision: Precision, stream: Stream, balance: Tensor | None = None) -> Codec:
+    """The codec of a stream's rows. Keys that lose by it are divided by `balance` first ([heads, width]), where that is given."""
+    codec = _codec_named(precision, stream)
+    if balance is None or stream.name != "k" or isinstance(codec, (RawCodec, BlockFloatCodec)):
+        return codec
+    return BalancedCodec(codec, balance)
+
+
+def _codec_named(precision: Precision, stream: Stream) -> Codec:
     name = precision.name
     if name == NATIVE:
         return BlockFloatCodec(stream.native) if stream.native is not None else RawCodec("bf16")
@@ -36,4 +44,6 @@ def codec_for(precision: Precision, stream: Stream) -> Codec:
         return GroupedCodec()
     if name == "rot8":
         return RotatedScaledCodec()
+    if name == "rot9":
+        return RotatedNineCodec()
     return RotatedCodec(precision.bits) if name.startswith("rot") else RawCodec(name)

@@ -1,4 +1,4 @@
-"""What the integer codecs have in common: codes of 2, 3 or 4 bits in bytes, and 16-bit scalars that bound what they stand for."""
+"""What the integer codecs have in common: codes of 1 to 4 bits in bytes, and 16-bit scalars that bound what they stand for."""
 
 from __future__ import annotations
 

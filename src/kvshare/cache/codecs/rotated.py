@@ -1,5 +1,5 @@
 """rot4, rot3 and rot2: rotate, then store each number as the nearest of 16, 8 or 4 levels that are optimal for the normal distribution.
-rot8: rotate, then int8.
+rot8 and rot9: rotate, then evenly spaced levels.
 
 A head of a key or value has a few numbers far larger than the rest, and one scale for all of them wastes most levels. A rotation that mixes
 every number into every other leaves numbers that are nearly independent and normal whatever the head was (QuaRot, Ashkboos and
@@ -20,6 +20,11 @@ the rotated head on its line, so that the error is never longer than the head. H
 number that is not one is not-a-number when it is read.
 
 With 8 bits evenly spaced levels lose little more than optimal ones: rot8 stores what int8 would store of the rotated head, byte for byte.
+rot9 has codes of -255 ... 255, twice as fine, cut into what products of bytes can take and one bit more:
+
+    high [width]            int8: the code halved and rounded down, -128 ... 127
+    low [ceil(width / 8)]   bit i of the little-endian number that the bytes spell is 1 where code i is odd: code = 2 high + low
+    scale [2]               float16, little-endian, at any address; stored = scale * code
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ import torch
 from torch import Tensor
 
 from kvshare.cache.codecs.deepseek import hadamard
-from kvshare.cache.codecs.packing import packed, scalars, spelled, unpacked
+from kvshare.cache.codecs.packing import half_at_least, packed, scalars, spelled, unpacked
 from kvshare.cache.codecs.scaled import ScaledCodec
 
 _POSITIVE_LEVELS = {
@@ -80,6 +85,25 @@ class RotatedScaledCodec:
 
     def decode(self, encoded: Tensor, heads: int, width: int) -> Tensor:  # uint8 [rows, row_bytes] -> float32 [rows, heads, width]
         return _rotate_back(self.scaled.decode(encoded, heads, width))
+
+
+class RotatedNineCodec:
+    """The codec "rot9". A rotated number is at most half a scale from what was given; the scale is the largest one over 255."""
+
+    largest = 255
+
+    def encode(self, rows: Tensor) -> Tensor:  # [rows, heads, width] -> uint8 [rows, row_bytes]
+        rotated = _rotate(rows.float())
+        scale = half_at_least(rotated.abs().amax(-1, keepdim=True) / self.largest)  # [rows, heads, 1]
+        divisor = torch.where(scale == 0, 1, scale.float())
+        codes = (rotated / divisor).round_().clamp_(-self.largest, self.largest).to(torch.int16)
+        high = (codes >> 1).to(torch.int8).view(torch.uint8)
+        return torch.cat([high, packed(codes & 1, 1), spelled(scale)], dim=-1).flatten(1)
+
+    def decode(self, encoded: Tensor, heads: int, width: int) -> Tensor:  # uint8 [rows, row_bytes] -> float32 [rows, heads, width]
+        high, low, scale = encoded.unflatten(-1, (heads, -1)).split([width, -(-width // 8), 2], dim=-1)
+        codes = 2 * high.view(torch.int8).float() + unpacked(low, 1, width)
+        return _rotate_back(codes.mul_(scalars(scale)))
 
 
 def _rotate(x: Tensor) -> Tensor:  # float32 [..., width]
