@@ -48,10 +48,9 @@ inline void attend_avx512(const AttendRows& rows, const AttendState& state) {
     alignas(64) float scores[HEADS_TOGETHER * ATTEND_ROWS];
     const int group = state.group, key_width = state.key_width, value_width = state.value_width;
     const bool bf16_keys = state.keys == RowKind::BF16, bf16_values = state.values == RowKind::BF16;
-    const int slices = (group + HEADS_TOGETHER - 1) / HEADS_TOGETHER;
-    const int key_asks = bf16_keys ? score_bf16_asks(key_width, group) : slices * score_codes_asks(state.keys, key_width);
-    const int value_asks = bf16_values ? sum_bf16_asks(value_width, group) : slices * sum_codes_asks(state.values, value_width);
-    Ahead ahead(rows, state, state.kv_heads * (key_asks + value_asks));
+    Ahead ahead(rows, state);
+    const int asks = state.kv_heads * ((bf16_keys ? score_bf16_asks(key_width, group) : 0) + (bf16_values ? sum_bf16_asks(value_width, group) : 0));
+    if (asks) ahead.each = int((ahead.lines() + asks - 1) / asks);
     for (int kv_head = 0; kv_head < state.kv_heads; kv_head++) {
         const int64_t k_offset = kv_head * head_bytes(state.keys, key_width), v_offset = kv_head * head_bytes(state.values, value_width);
         for (int begin = 0; begin < group; begin += HEADS_TOGETHER) {
@@ -65,4 +64,5 @@ inline void attend_avx512(const AttendRows& rows, const AttendState& state) {
             else sum_codes(state.values, heads)(scores, value_width, rows.v, v_offset, rows.count, ahead, out);
         }
     }
+    ahead.finish();
 }

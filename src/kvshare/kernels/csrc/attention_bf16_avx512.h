@@ -17,7 +17,7 @@ inline void score(const uint8_t* q, int64_t query_bytes, int width, const uint8_
             const __mmask32 mask = first_words(width - i);
             __m512bh row[Rows];
             for (int j = 0; j < Rows; j++) row[j] = (__m512bh)_mm512_maskz_loadu_epi16(mask, k[t + j] + offset + 2 * i);
-            ahead.ask();
+            ahead.ask(ahead.each);
             for (int h = 0; h < Heads; h++) {
                 const __m512bh head = (__m512bh)_mm512_maskz_loadu_epi16(mask, q + h * query_bytes + 2 * i);
                 for (int j = 0; j < Rows; j++) products[h * Rows + j] = _mm512_dpbf16_ps(products[h * Rows + j], row[j], head);
@@ -52,7 +52,7 @@ inline void sum_up(const uint32_t* p, int width, const uint8_t* const* v, int64_
         }
         for (int t = 0; t < count; t += 2) {
             const __m512i a = _mm512_maskz_loadu_epi16(mask, v[t] + offset + 2 * i), b = _mm512_maskz_loadu_epi16(mask, v[t + 1] + offset + 2 * i);
-            ahead.ask();
+            ahead.ask(ahead.each);
             const __m512bh left = (__m512bh)_mm512_permutex2var_epi16(a, low, b), right = (__m512bh)_mm512_permutex2var_epi16(a, high, b);
             for (int h = 0; h < Heads; h++) {
                 const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(p[h * HALF + t / 2]));

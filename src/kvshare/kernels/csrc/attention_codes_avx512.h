@@ -17,17 +17,15 @@ void score_rows(const uint8_t* q, int64_t query_bytes, int width, const uint8_t*
     using Spelled = SpelledQuery<Kind>;
     constexpr int passes = Spelled::passes;
     const Form codes = Form::without_signs();
-    const int64_t bytes = code_bytes(Kind, width);
-    const int chunks = (width + Form::numbers - 1) / Form::numbers;
     alignas(64) float scales[ATTEND_ROWS];
-    row_scales(k, offset + bytes, scales);
+    row_scales(k, offset + code_bytes(Kind, width), scales);
     for (int t = 0; t < count; t += 16) {
         __m512i sums[passes][Heads];
         each<Heads>([&](auto h) INLINE { each<passes>([&](auto pass) INLINE { sums[pass][h] = _mm512_set1_epi32(Spelled(q + h * query_bytes, width).minus[pass]); }); });
-        for (int chunk = 0; chunk < chunks; chunk++) {
+        Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
             __m512i tile[4];
-            row_tile(codes, k + t, offset + int64_t(chunk) * Form::step, Form::mask(bytes, chunk), tile);
-            ahead.ask();
+            row_tile<whole>(codes, k + t, offset + int64_t(chunk) * Form::step, mask, tile);
+            ahead.ask(4);
             const uint8_t* at = q + chunk * Form::numbers;
             const int64_t low = Spelled::padded(width);
             each<Form::fields>([&](auto field) INLINE {
@@ -35,12 +33,12 @@ void score_rows(const uint8_t* q, int64_t query_bytes, int width, const uint8_t*
                     const __m512i four = codes.template bytes<field>(tile[j]);
                     each<Heads>([&](auto h) INLINE {
                         each<passes>([&](auto pass) INLINE {
-                            sums[pass][h] = _mm512_dpbusd_epi32(sums[pass][h], four, broadcast(at + h * query_bytes + pass * low + field * 16 + 4 * j));
+                            add_products(sums[pass][h], four, at + h * query_bytes + pass * low + field * 16 + 4 * j);
                         });
                     });
                 });
             });
-        }
+        });
         const __m512 scale = _mm512_load_ps(scales + t);
         each<Heads>([&](auto h) INLINE {
             __m512 sum = _mm512_cvtepi32_ps(sums[0][h]);
@@ -58,24 +56,23 @@ void score_groups(const uint8_t* q, int64_t query_bytes, int width, const uint8_
     using Spelled = SpelledQuery<RowKind::INT4>;
     static_assert(Form::numbers == INT4_GROUP);
     const Form codes = Form::without_signs();
-    const int64_t bytes = code_bytes(RowKind::INT4, width);
     const int groups = groups_of(width);
     alignas(64) float scalars[2 * (WIDEST_HEAD / INT4_GROUP) * ATTEND_ROWS];
-    group_scalars(k, offset + bytes, 2 * groups, scalars);
+    group_scalars(k, offset + code_bytes(RowKind::INT4, width), 2 * groups, scalars);
     for (int t = 0; t < count; t += 16) {
         __m512 scores_of[Heads];
         each<Heads>([&](auto h) INLINE { scores_of[h] = _mm512_setzero_ps(); });
-        for (int g = 0; g < groups; g++) {
+        Form::pieces(width, [&](int g, auto whole, __mmask16 mask) INLINE {
             __m512i tile[4], sums[Heads];
-            row_tile(codes, k + t, offset + 16 * g, Form::mask(bytes, g), tile);
-            ahead.ask();
+            row_tile<whole>(codes, k + t, offset + 16 * g, mask, tile);
+            ahead.ask(4);
             each<Heads>([&](auto h) INLINE { sums[h] = _mm512_setzero_si512(); });
             const uint8_t* at = q + 32 * g;
             each<4>([&](auto j) INLINE {
                 const __m512i even = codes.bytes<0>(tile[j]), odd = codes.bytes<1>(tile[j]);
                 each<Heads>([&](auto h) INLINE {
-                    sums[h] = _mm512_dpbusd_epi32(sums[h], even, broadcast(at + h * query_bytes + 4 * j));
-                    sums[h] = _mm512_dpbusd_epi32(sums[h], odd, broadcast(at + h * query_bytes + 16 + 4 * j));
+                    add_products(sums[h], even, at + h * query_bytes + 4 * j);
+                    add_products(sums[h], odd, at + h * query_bytes + 16 + 4 * j);
                 });
             });
             const __m512 scale = _mm512_load_ps(scalars + g * ATTEND_ROWS + t), minimum = _mm512_load_ps(scalars + (groups + g) * ATTEND_ROWS + t);
@@ -84,7 +81,7 @@ void score_groups(const uint8_t* q, int64_t query_bytes, int width, const uint8_
                 scores_of[h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[h]), _mm512_mul_ps(scale, _mm512_set1_ps(query.scale[g])), scores_of[h]);
                 scores_of[h] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(query.sum[g]), scores_of[h]);
             });
-        }
+        });
         each<Heads>([&](auto h) INLINE { _mm512_store_ps(scores + h * ATTEND_ROWS + t, scores_of[h]); });
     }
 }
@@ -101,20 +98,20 @@ void score_eighths(const uint8_t* q, int64_t query_bytes, int width, const uint8
     for (int t = 0; t < count; t += 16) {
         __m512 sums[2][Heads];
         each<Heads>([&](auto h) INLINE { sums[0][h] = sums[1][h] = _mm512_setzero_ps(); });
-        for (int chunk = 0; chunk < (width + 15) / 16; chunk++) {
+        Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
             __m512i tile[4];
-            row_tile(codes, k + t, offset + 16 * chunk, Form::mask(width, chunk), tile);
-            ahead.ask();
+            row_tile<whole>(codes, k + t, offset + 16 * chunk, mask, tile);
+            ahead.ask(4);
             each<4>([&](auto j) INLINE {
                 __m512bh even, odd;
                 floats.pairs(tile[j], &even, &odd);
                 const uint8_t* at = q + 32 * chunk + 8 * j;
                 each<Heads>([&](auto h) INLINE {
-                    sums[0][h] = _mm512_dpbf16_ps(sums[0][h], even, (__m512bh)broadcast(at + h * query_bytes));
-                    sums[1][h] = _mm512_dpbf16_ps(sums[1][h], odd, (__m512bh)broadcast(at + h * query_bytes + 4));
+                    add_pairs(sums[0][h], even, at + h * query_bytes);
+                    add_pairs(sums[1][h], odd, at + h * query_bytes + 4);
                 });
             });
-        }
+        });
         const __m512 scale = _mm512_load_ps(scales + t);
         each<Heads>([&](auto h) INLINE { _mm512_store_ps(scores + h * ATTEND_ROWS + t, _mm512_mul_ps(_mm512_add_ps(sums[0][h], sums[1][h]), scale)); });
     }
@@ -181,26 +178,24 @@ void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset
     } else {
         const Form codes = Form::with_signs();
         const __m512i order = column_order();
-        const int64_t bytes = code_bytes(Kind, width);
         alignas(64) float scales[ATTEND_ROWS];
-        row_scales(v, offset + bytes, scales);
+        row_scales(v, offset + code_bytes(Kind, width), scales);
         Weights<passes> weights[Heads];
         const __m512 scale[2] = {_mm512_load_ps(scales), _mm512_load_ps(scales + 16)};
         for (int h = 0; h < Heads; h++)
             weights[h].set(_mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS), scale[0]), _mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16), scale[1]));
-        for (int column = 0, chunk = 0; column < width; column += Form::numbers, chunk++) {
-            const __mmask16 mask = Form::mask(bytes, chunk);
+        Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
             __m512i sums[passes][Heads][fields];
             each<passes>([&](auto pass) INLINE { each<Heads>([&](auto h) INLINE { each<fields>([&](auto f) INLINE { sums[pass][h][f] = _mm512_setzero_si512(); }); }); });
             for (int t = 0; t < count; t += 4) {
-                const __m512i tile = column_tile(codes, order, v + t, offset + int64_t(chunk) * Form::step, mask);
-                ahead.ask();
+                const __m512i tile = column_tile<whole>(codes, order, v + t, offset + int64_t(chunk) * Form::step, mask);
+                ahead.ask(1);
                 __m512i four[fields];
                 each<fields>([&](auto f) INLINE { four[f] = codes.template bytes<f>(tile); });
                 each<Heads>([&](auto h) INLINE {
                     each<passes>([&](auto pass) INLINE {
                         const __m512i w = broadcast(weights[h].bytes[pass] + t);
-                        each<fields>([&](auto f) INLINE { sums[pass][h][f] = _mm512_dpbusd_epi32(sums[pass][h][f], w, four[f]); });
+                        each<fields>([&](auto f) INLINE { add_products(sums[pass][h][f], w, four[f]); });
                     });
                 });
             }
@@ -213,9 +208,9 @@ void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset
                     numbers[f] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit);
                 });
                 side_by_side<fields>(numbers);
-                add_columns<fields>(numbers, column, width, out + int64_t(h) * width);
+                add_columns<fields>(numbers, chunk * Form::numbers, width, out + int64_t(h) * width);
             });
-        }
+        });
     }
 }
 
@@ -234,10 +229,9 @@ void sum_groups(const float* p, int width, const uint8_t* const* v, int64_t offs
     using Form = Codes<RowKind::INT4>;
     const Form codes = Form::with_signs();
     const __m512i order = column_order();
-    const int64_t bytes = code_bytes(RowKind::INT4, width);
     const int groups = groups_of(width);
     alignas(64) float scalars[2 * (WIDEST_HEAD / INT4_GROUP) * ATTEND_ROWS];
-    group_scalars(v, offset + bytes, 2 * groups, scalars);
+    group_scalars(v, offset + code_bytes(RowKind::INT4, width), 2 * groups, scalars);
     constexpr float most = 65535.0f, of_scales = 255.0f * 256.0f;  // the upper byte of a product, rounded, is at most 255
     __m512i weights[Heads];
     float tops[Heads];
@@ -245,7 +239,7 @@ void sum_groups(const float* p, int width, const uint8_t* const* v, int64_t offs
         tops[h] = largest_of(p + h * ATTEND_ROWS);
         weights[h] = words_of(p + h * ATTEND_ROWS, most, tops[h]);
     }
-    for (int g = 0; g < groups; g++) {
+    Form::pieces(width, [&](int g, auto whole, __mmask16 mask) INLINE {
         const float *scales = scalars + g * ATTEND_ROWS, *minima = scalars + (groups + g) * ATTEND_ROWS;
         const float top = largest_of(scales);
         const __m512i words = words_of(scales, of_scales, top);
@@ -260,17 +254,16 @@ void sum_groups(const float* p, int width, const uint8_t* const* v, int64_t offs
         for (int h = Heads; h < 16; h++) shares[h] = _mm512_setzero_ps();
         alignas(64) float rest[16];
         _mm512_store_ps(rest, sums_of(shares));
-        const __mmask16 mask = Form::mask(bytes, g);
         __m512i sums[Heads][2];
         each<Heads>([&](auto h) INLINE { sums[h][0] = sums[h][1] = _mm512_setzero_si512(); });
         for (int t = 0; t < count; t += 4) {
-            const __m512i tile = column_tile(codes, order, v + t, offset + 16 * g, mask);
-            ahead.ask();
+            const __m512i tile = column_tile<whole>(codes, order, v + t, offset + 16 * g, mask);
+            ahead.ask(1);
             const __m512i even = codes.bytes<0>(tile), odd = codes.bytes<1>(tile);
             each<Heads>([&](auto h) INLINE {
                 const __m512i w = broadcast(of_group[h] + t);
-                sums[h][0] = _mm512_dpbusd_epi32(sums[h][0], w, even);
-                sums[h][1] = _mm512_dpbusd_epi32(sums[h][1], w, odd);
+                add_products(sums[h][0], w, even);
+                add_products(sums[h][1], w, odd);
             });
         }
         each<Heads>([&](auto h) INLINE {
@@ -280,7 +273,7 @@ void sum_groups(const float* p, int width, const uint8_t* const* v, int64_t offs
             side_by_side<2>(numbers);
             add_columns<2>(numbers, 32 * g, width, out + int64_t(h) * width);
         });
-    }
+    });
 }
 
 // The same for FP8, in pairs of bfloat16.
@@ -299,24 +292,23 @@ void sum_eighths(const float* p, int width, const uint8_t* const* v, int64_t off
         for (int i = 0; i < 2; i++) w[i] = _mm512_permute_ps(_mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16 * i), _mm512_load_ps(scales + 16 * i)), 0xd8);
         _mm512_store_si512(weights[h], (__m512i)_mm512_cvtne2ps_pbh(w[1], w[0]));
     }
-    for (int column = 0; column < width; column += 16) {
-        const __mmask16 mask = Form::mask(width, column / 16);
+    Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
         __m512 sums[2][Heads];
         each<Heads>([&](auto h) INLINE { sums[0][h] = sums[1][h] = _mm512_setzero_ps(); });
         for (int t = 0; t < count; t += 4) {
             __m512bh even, odd;
-            floats.pairs(column_tile(codes, order, v + t, offset + column, mask), &even, &odd);
-            ahead.ask();
+            floats.pairs(column_tile<whole>(codes, order, v + t, offset + 16 * chunk, mask), &even, &odd);
+            ahead.ask(1);
             each<Heads>([&](auto h) INLINE {
-                sums[0][h] = _mm512_dpbf16_ps(sums[0][h], even, (__m512bh)broadcast(weights[h] + t));
-                sums[1][h] = _mm512_dpbf16_ps(sums[1][h], odd, (__m512bh)broadcast(weights[h] + t + 2));
+                add_pairs(sums[0][h], even, weights[h] + t);
+                add_pairs(sums[1][h], odd, weights[h] + t + 2);
             });
         }
         each<Heads>([&](auto h) INLINE {
             const __m512 sum = _mm512_add_ps(sums[0][h], sums[1][h]);
-            add_columns<1>(&sum, column, width, out + int64_t(h) * width);
+            add_columns<1>(&sum, 16 * chunk, width, out + int64_t(h) * width);
         });
-    }
+    });
 }
 
 using ScoreRows = void (*)(const uint8_t* q, int64_t query_bytes, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& ahead, float* scores);
@@ -374,11 +366,3 @@ inline SumRows sum_codes(RowKind kind, int heads) {
         default: return sum_of<RowKind::INT8>(heads, UpToEight());
     }
 }
-
-// How often these ask for rows ahead in a whole block, for one slice of heads.
-inline int pieces_of(RowKind kind, int width) {
-    const int numbers = bits_of(kind) == 3 ? 16 : 16 * 8 / bits_of(kind);
-    return (width + numbers - 1) / numbers;
-}
-inline int score_codes_asks(RowKind kind, int width) { return pieces_of(kind, width) * (ATTEND_ROWS / 16); }
-inline int sum_codes_asks(RowKind kind, int width) { return pieces_of(kind, width) * (ATTEND_ROWS / 4); }

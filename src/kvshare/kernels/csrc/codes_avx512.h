@@ -3,16 +3,15 @@
 // of the row). Pieces may begin at any address and never reach behind the head.
 #pragma once
 
-inline __m128i piece(const uint8_t* p, __mmask16 mask) { return _mm_maskz_loadu_epi8(mask, p); }
-
-inline __m512i four_pieces(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, __mmask16 mask) {
-    if (mask == 0xffff) {  // the common case needs no masks
-        const auto load = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
-        const __m512i first = _mm512_inserti32x4(_mm512_castsi128_si512(load(a)), load(b), 1);
-        return _mm512_inserti32x4(_mm512_inserti32x4(first, load(c), 2), load(d), 3);
-    }
-    const __m512i first = _mm512_inserti32x4(_mm512_castsi128_si512(piece(a, mask)), piece(b, mask), 1);
-    return _mm512_inserti32x4(_mm512_inserti32x4(first, piece(c, mask), 2), piece(d, mask), 3);
+// 16 bytes of four rows, or the first of them by a mask: where codes end within a piece, or a piece has fewer.
+template <bool Whole>
+[[gnu::always_inline]] inline __m512i four_pieces(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, __mmask16 mask) {
+    const auto load = [&](const uint8_t* p) __attribute__((always_inline)) {
+        if constexpr (Whole) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        else return _mm_maskz_loadu_epi8(mask, p);
+    };
+    const __m512i first = _mm512_inserti32x4(_mm512_castsi128_si512(load(a)), load(b), 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(first, load(c), 2), load(d), 3);
 }
 
 // How 16 bytes of a row become numbers: `fields` codes a byte, `step` bytes to the next piece.
@@ -25,9 +24,15 @@ struct Codes {
     static constexpr bool has_levels = Kind == RowKind::LEVELS4 || Kind == RowKind::LEVELS3 || Kind == RowKind::LEVELS2;
     static constexpr float levels_unit = has_levels ? 127.0f / level(Kind, (1 << bits) - 1) : 1.0f;  // levels are this many times smaller than their bytes
 
-    static __mmask16 mask(int64_t code_bytes, int chunk) {
-        const int64_t left = code_bytes - int64_t(chunk) * step;
-        return left >= step ? __mmask16((1 << step) - 1) : __mmask16((1 << left) - 1);
+    // work(chunk, whole, mask) for each piece of a head of `width` numbers; the mask of one that is not whole tells which bytes are there.
+    template <typename Work>
+    [[gnu::always_inline]] static void pieces(int width, Work&& work) {
+        const int whole = step == 16 ? width / numbers : 0, all = (width + numbers - 1) / numbers;
+        for (int chunk = 0; chunk < whole; chunk++) work(chunk, std::true_type(), __mmask16(0xffff));
+        for (int chunk = whole; chunk < all; chunk++) {
+            const int64_t left = code_bytes(Kind, width) - int64_t(chunk) * step;
+            work(chunk, std::false_type(), __mmask16((1 << (left < step ? left : step)) - 1));
+        }
     }
 
     __m512i table, spread, shift;
@@ -80,17 +85,17 @@ struct Codes {
 }
 
 // tile[j]: bytes 4 j ... 4 j + 3 of the pieces of 16 rows.
-template <RowKind Kind>
-inline void row_tile(const Codes<Kind>& codes, const uint8_t* const* rows, int64_t offset, __mmask16 mask, __m512i* tile) {
+template <bool Whole, RowKind Kind>
+[[gnu::always_inline]] inline void row_tile(const Codes<Kind>& codes, const uint8_t* const* rows, int64_t offset, __mmask16 mask, __m512i* tile) {
     for (int r = 0; r < 4; r++)
-        tile[r] = codes.prepare(four_pieces(rows[r] + offset, rows[4 + r] + offset, rows[8 + r] + offset, rows[12 + r] + offset, mask));
+        tile[r] = codes.prepare(four_pieces<Whole>(rows[r] + offset, rows[4 + r] + offset, rows[8 + r] + offset, rows[12 + r] + offset, mask));
     turn(tile);
 }
 
 // Lane c: byte c of the pieces of 4 rows.
-template <RowKind Kind>
-inline __m512i column_tile(const Codes<Kind>& codes, __m512i order, const uint8_t* const* rows, int64_t offset, __mmask16 mask) {
-    return _mm512_permutexvar_epi8(order, codes.prepare(four_pieces(rows[0] + offset, rows[1] + offset, rows[2] + offset, rows[3] + offset, mask)));
+template <bool Whole, RowKind Kind>
+[[gnu::always_inline]] inline __m512i column_tile(const Codes<Kind>& codes, __m512i order, const uint8_t* const* rows, int64_t offset, __mmask16 mask) {
+    return _mm512_permutexvar_epi8(order, codes.prepare(four_pieces<Whole>(rows[0] + offset, rows[1] + offset, rows[2] + offset, rows[3] + offset, mask)));
 }
 
 inline __m512i column_order() {
@@ -145,7 +150,7 @@ inline void group_scalars(const uint8_t* const* rows, int64_t offset, int count,
             for (int r = 0; r < 4; r++) {
                 const uint8_t* const* at = rows + t + r;
                 const int64_t from = offset + 2 * i;
-                x[r] = four_pieces(at[0] + from, at[4] + from, at[8] + from, at[12] + from, mask);
+                x[r] = four_pieces<false>(at[0] + from, at[4] + from, at[8] + from, at[12] + from, mask);
             }
             turn(x);
             for (int j = 0; j < 8 && i + j < count; j++) {

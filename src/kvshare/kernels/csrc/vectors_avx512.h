@@ -26,3 +26,21 @@ template <int Count, typename F>
 [[gnu::always_inline]] inline void each(F&& f) {
     [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) { (f(std::integral_constant<int, I>()), ...); }(std::make_integer_sequence<int, Count>());
 }
+
+struct [[gnu::may_alias, gnu::packed]] Four {
+    int32_t bytes;
+};
+
+// sum += dot products of four bytes, unsigned ones by signed ones. As assembly because gcc 12 copies the sums around its own intrinsic, and does not
+// read the second factor from memory.
+[[gnu::always_inline]] inline void add_products(__m512i& sum, __m512i by_unsigned, __m512i by_signed) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(by_unsigned), "v"(by_signed));
+}
+[[gnu::always_inline]] inline void add_products(__m512i& sum, __m512i by_unsigned, const void* by_signed) {  // the same four everywhere
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(by_unsigned), "m"(*static_cast<const Four*>(by_signed)));
+}
+
+// The same for two bfloat16.
+[[gnu::always_inline]] inline void add_pairs(__m512& sum, __m512bh pairs, const void* by) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(pairs), "m"(*static_cast<const Four*>(by)));
+}
