@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.mapped_rows import prefetch_rows
+from kvshare.kernels.block_rows import decode_rows
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
 
@@ -42,9 +43,10 @@ class PerLayerEmbedding(nn.Module):
         prefetch_rows(self.table.blocks if isinstance(self.table, PackedBlocks) else self.table, rows)  # on their way during the product
         projected = self.projection.part(embedded, begin, stop) * self.hidden**-0.5
         projected = self.norm(projected.unflatten(-1, (end - first, self.width)))
-        found = (
-            self.table.rows(rows)[:, begin:stop] if isinstance(self.table, PackedBlocks) else F.embedding(rows, self.table[:, begin:stop])
-        )
+        if isinstance(self.table, PackedBlocks):
+            found = decode_rows(self.table, rows, embedded.dtype, begin, stop)
+        else:
+            found = F.embedding(rows, self.table[:, begin:stop])
         looked_up = scaled(found, self.width**0.5, embedded.dtype)
         values = (projected + looked_up.view_as(projected)) * 2**-0.5
         return PerLayerInputs(self, tokens, embedded, first, values)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.kernels.block_rows import decode_rows
 from kvshare.kernels.quantized_weight import QuantizedWeight
 
 
@@ -18,7 +19,7 @@ class QuantizedEmbedding(nn.Module):
         self.weight = QuantizedWeight((table,))
 
     def forward(self, tokens: Tensor) -> Tensor:  # [tokens] -> [tokens, width]
-        return self.table.rows(tokens).to(self.dtype)
+        return decode_rows(self.table, tokens, self.dtype)
 
     def scores(self, hidden: Tensor) -> Tensor:  # [rows, width] -> [rows, entries]
         return self.weight.matmul(hidden, dtype=torch.float32)  # the logits of two good tokens are often closer than 16 bits can tell

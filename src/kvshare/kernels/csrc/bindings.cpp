@@ -15,7 +15,7 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using namespace kvshare;
 
-void bind_encode(nb::module_& m);
+void bind_blocks(nb::module_& m);
 void bind_paged_attention(nb::module_& m);
 void bind_tile_attention(nb::module_& m);
 void bind_small_ops(nb::module_& m);
@@ -65,7 +65,7 @@ NB_MODULE(_kernels, m) {
             nb::gil_scoped_release released;
             self.decode(active_isa(), begin, end, at<void>(to), bf16);
         });
-    bind_encode(m);
+    bind_blocks(m);
     bind_paged_attention(m);
     bind_tile_attention(m);
     bind_small_ops(m);

@@ -1,0 +1,34 @@
+"""Rows of a table of blocks as numbers: what an embedding looks up. The twin in plain torch is `PackedBlocks.rows`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.kernels.native import available, module
+from kvshare.kernels.quantized_weight import BLOCK_TYPES
+
+
+def decode_rows(
+    table: PackedBlocks,  # [entries, width]
+    rows: Tensor,  # int64 [n]
+    dtype: torch.dtype,
+    begin: int = 0,
+    end: int | None = None,
+) -> Tensor:  # -> [n, end - begin]
+    """Numbers `begin:end` of some rows in `dtype`; where the kernels decode them, no others are. Raises `IndexError` for a row that is not there.
+
+    The kernels multiply and add in one rounding: they differ from torch by at most a unit in the last place of `dtype`.
+    """
+    entries, width = table.shape
+    end = width if end is None else end
+    whole = begin % table.type.block_size == end % table.type.block_size == 0
+    if not (whole and available() and table.type.name in BLOCK_TYPES and dtype in (torch.float32, torch.bfloat16)):
+        return table.rows(rows)[:, begin:end].to(dtype)
+    native, rows = module(), rows.contiguous()
+    out = torch.empty(len(rows), end - begin, dtype=dtype)
+    kind, is_bf16 = native.BlockType[table.type.name], dtype == torch.bfloat16
+    places = (rows.data_ptr(), len(rows), begin, end, out.data_ptr())
+    native.decode_block_rows(kind, table.blocks.data_ptr(), entries, width, *places, is_bf16)
+    return out

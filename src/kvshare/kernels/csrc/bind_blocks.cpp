@@ -1,0 +1,45 @@
+// Blocks of weights: rows of numbers encoded, and rows decoded that lie far from each other.
+#include <nanobind/nanobind.h>
+
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace kvshare;
+
+static int64_t blocks_in(BlockType type, int64_t numbers) {
+    const int64_t each = shape_of(type).weights;
+    if (numbers < 0 || numbers % each) throw std::invalid_argument("the numbers are not whole blocks");
+    return numbers / each;
+}
+
+void bind_blocks(nb::module_& m) {
+    m.def("encode", [](BlockType type, uintptr_t numbers, bool bf16, int64_t rows, int64_t k, uintptr_t to) {
+        if (type != BlockType::Q8_0 && type != BlockType::Q4_1 && type != BlockType::Q4_K) throw std::invalid_argument("nothing encodes this type");
+        const int64_t row_bytes = blocks_in(type, k) * shape_of(type).bytes;
+        nb::gil_scoped_release released;
+        const Isa& isa = active_isa();
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t r = 0; r < rows; r++)
+            isa.encode(type, reinterpret_cast<const uint8_t*>(numbers) + r * k * (bf16 ? 2 : 4), bf16, k, reinterpret_cast<uint8_t*>(to) + r * row_bytes);
+    }, "type"_a, "numbers"_a, "bf16"_a, "rows"_a, "k"_a, "to"_a);
+
+    // Numbers begin ... end - 1 of the rows of a table of `entries` rows of k numbers that `indices` name.
+    m.def("decode_block_rows", [](BlockType type, uintptr_t table, int64_t entries, int64_t k, uintptr_t indices, int64_t count, int64_t begin, int64_t end,
+                            uintptr_t to, bool bf16) {
+        const int64_t bytes = shape_of(type).bytes, row_bytes = blocks_in(type, k) * bytes, offset = blocks_in(type, begin) * bytes;
+        const int64_t width = end - begin;
+        if (blocks_in(type, width) * bytes + offset > row_bytes) throw std::invalid_argument("the columns reach behind the row");
+        const auto* row = reinterpret_cast<const int64_t*>(indices);
+        for (int64_t i = 0; i < count; i++)
+            if (row[i] < 0 || row[i] >= entries) throw nb::index_error("a row is not in the table");
+        nb::gil_scoped_release released;
+        const Isa& isa = active_isa();
+#pragma omp parallel for schedule(static) if (count > 8)
+        for (int64_t i = 0; i < count; i++)
+            isa.decode(type, reinterpret_cast<const uint8_t*>(table) + row[i] * row_bytes + offset, 1, width,
+                       reinterpret_cast<uint8_t*>(to) + i * width * (bf16 ? 2 : 4), bf16);
+    }, "type"_a, "table"_a, "entries"_a, "k"_a, "indices"_a, "count"_a, "begin"_a, "end"_a, "to"_a, "bf16"_a);
+}
