@@ -17,7 +17,7 @@ def decode_rows(
     begin: int = 0,
     end: int | None = None,
 ) -> Tensor:  # -> [n, end - begin]
-    """Numbers `begin:end` of some rows in `dtype`; where the kernels decode them, no others are. Raises `IndexError` for a row that is not there.
+    """Numbers `begin:end` of some rows in `dtype`; the kernels decode no others. Raises `IndexError` for a row that is not there.
 
     The kernels multiply and add in one rounding: they differ from torch by at most a unit in the last place of `dtype`.
     """
