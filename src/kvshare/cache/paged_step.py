@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvshare import kernels
 from kvshare.cache.codecs import Codec, codec_for
+from kvshare.cache.codecs.raw import RawCodec
 from kvshare.cache.native_attention import NativeAttention, keys_and_values
 from kvshare.cache.step import KeyRebuild, Step, state_named
 from kvshare.cache.tables import SequenceCache
@@ -29,14 +30,15 @@ class PagedCache:
         self.layout = layout
         self.codecs: dict[tuple[int, str], Codec] = {}  # by owner and stream
         self.row_bytes: dict[tuple[int, str], int] = {}
-        self.tables: dict[tuple[int, str], tuple[int, int]] = {}  # which of a sequence's tables, and how many rows a page of it holds
+        self.tables: dict[tuple[int, str], tuple[int, int, int]] = {}  # which of a sequence's tables, rows of a page, bytes of a row
         for owner in layout.owners:
             form = layout.precision_of(owner, precision)
             for stream in layout.layers[owner].streams:
                 self.codecs[owner, stream.name] = codec_for(form, stream, (balance or {}).get(owner))
                 self.row_bytes[owner, stream.name] = stream.row_bytes(form)
-                self.tables[owner, stream.name] = len(self.tables), layout.rows_per_page(owner, stream, precision)
-        self.keys_and_values = {owner: keys_and_values(layout.layers[owner]) for owner in layout.owners}
+                self.tables[owner, stream.name] = len(self.tables), layout.rows_per_page(owner, stream, precision), stream.row_bytes(form)
+        found = {owner: keys_and_values(layout.layers[owner]) for owner in layout.owners}
+        self.keys_and_values = {owner: streams for owner, streams in found.items() if streams is not None}
         self.native_attention = NativeAttention(layout, self.codecs)
         self.tiled_attention = TiledAttention(layout, self.codecs)
         self.read_again = frozenset(owner for owner in layout.owners if layout.readers(owner))
@@ -64,6 +66,7 @@ class PagedStep(Step):
         self.caches = caches
         native = kernels.available() and device.type == "cpu"
         self._new_rows = NewRows(caches[0].arena, caches, self.past, self.counts) if native else None
+        self._kept_limits: dict[tuple[int | None, bool], list[tuple[int, int, int]]] = {}  # by window and whether this is the tail
         self._kept_queries: dict[tuple[int, bool], list[Query]] = {}  # by owner and whether this is the tail
         self._gathered: dict[tuple[int, str, int], tuple[int, Tensor]] = {}  # rows that several readers will ask for
 
@@ -107,26 +110,39 @@ class PagedStep(Step):
         """What the queries of all sequences, of which each has one, see of an owner; its readers ask for the same."""
         key = owner, self._is_tail
         if key not in self._kept_queries:
-            self._kept_queries[key] = [self._query(owner, sequence) for sequence in range(len(self.spans))]
+            (k, v), tables = self.cache.keys_and_values[owner], [cache.tables for cache in self.caches]
+            self._kept_queries[key] = [
+                Query(row, first, end, own[owner, k.name], own[owner, v.name])
+                for (row, first, end), own in zip(self._seen_by_one(k.window), tables, strict=True)
+            ]
         return self._kept_queries[key]
+
+    def _seen_by_one(self, window: int | None) -> list[tuple[int, int, int]]:
+        """Of each sequence, which has one query: its row in the batch, and the first and end row that it sees."""
+        key = window, self._is_tail
+        if key not in self._kept_limits:
+            ends = [span.last + 1 for span in self.spans]
+            firsts = [0 if window is None else max(0, end - window) for end in ends]
+            self._kept_limits[key] = list(zip(range(len(ends)), firsts, ends, strict=True))
+        return self._kept_limits[key]
 
     def _query(self, owner: int, sequence: int) -> Query:
         """What the only query of a sequence sees of an owner that a kernel reads."""
-        streams = self.cache.keys_and_values[owner]
-        assert streams is not None
-        (k, v), span, tables = streams, self.spans[sequence], self.caches[sequence].tables
+        (k, v), span, tables = self.cache.keys_and_values[owner], self.spans[sequence], self.caches[sequence].tables
         first, _ = self._live(k, span.first, sequence)
         return Query(span.start, first, span.last + 1, tables[owner, k.name], tables[owner, v.name])
 
     @property
     def _all_single(self) -> bool:
-        return len(self.spans) == len(self.positions) and all(span.count == 1 for span in self.spans)
+        return all(span.end - span.start == 1 for span in self.spans)
 
     def _write_all(self, layer: int, stream: Stream, values: Tensor) -> None:
         if self._new_rows is None or stream.tokens_per_row != 1:
             super()._write_all(layer, stream, values)
         else:
-            self._new_rows.write(*self.cache.tables[layer, stream.name], self.cache.codecs[layer, stream.name].encode(values))
+            codec = self.cache.codecs[layer, stream.name]
+            as_it_is = isinstance(codec, RawCodec) and codec.dtype == values.dtype and values.stride()[1:] == (stream.width, 1)
+            self._new_rows.write(*self.cache.tables[layer, stream.name], values if as_it_is else codec.encode(values))
 
     def _write(self, layer: int, stream: Stream, sequence: int, first: int, values: Tensor) -> None:
         encoded = self.cache.codecs[layer, stream.name].encode(values)  # [rows, row_bytes]

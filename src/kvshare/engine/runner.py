@@ -44,7 +44,9 @@ class Runner:
                 finals.append((sequence, at - 1))
         for slice_start in range(0, len(finals), HEAD_ROWS):
             part = finals[slice_start : slice_start + HEAD_ROWS]
-            logits = self.model.logits(hidden[[row for _, row in part]]).float()  # [rows, vocab]
+            rows = [row for _, row in part]
+            chosen = hidden if rows == list(range(len(hidden))) else hidden[rows]  # in a decode step every row is wanted
+            logits = self.model.logits(chosen).float()  # [rows, vocab]
             for (sequence, _), row in zip(part, logits, strict=True):
                 yield sequence, row
 

@@ -8,8 +8,6 @@ bfloat16 by a unit in the last place where the unrounded number lay that close t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -18,22 +16,18 @@ from kvshare.kernels.native import available, module
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
-class Norm(NamedTuple):
-    """x / rms(x) * (offset + weight); no weight is a weight of 1."""
-
-    weight: Tensor | None  # [width], bfloat16 or float32
-    offset: float
-    eps: float
-
-    def native(self) -> tuple[int, bool, float, float]:
-        weight = self.weight
-        if weight is None:
-            return 0, False, 0.0, self.eps
-        assert weight.dtype in _DTYPES
-        return weight.data_ptr(), weight.dtype == torch.bfloat16, self.offset, self.eps
-
+Norm = tuple[int, bool, float, float]
+"""A norm as the kernels know it: `norm_of`. Its weight must outlive the call."""
 
 _NO_NORM = (0, False, 0.0, -1.0)
+
+
+def norm_of(weight: Tensor | None, offset: float, eps: float) -> Norm:  # [width], bfloat16 or float32
+    """x / rms(x) * (offset + weight); no weight is a weight of 1."""
+    if weight is None:
+        return 0, False, 0.0, eps
+    assert weight.dtype in _DTYPES
+    return weight.data_ptr(), weight.dtype == torch.bfloat16, offset, eps
 
 
 def takes(x: Tensor) -> bool:
@@ -62,10 +56,19 @@ def _heads(x: Tensor, norm: Norm | None, cos: Tensor | None, sin: Tensor | None,
     rows, heads, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype)
     turns = (0, 0, False, 0) if cos is None or sin is None else (cos.data_ptr(), sin.data_ptr(), cos.dtype != x.dtype, cos.shape[-1])
-    native = _NO_NORM if norm is None else norm.native()
     row_stride, head_stride, _ = x.stride()
     module().heads(
-        x.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, rows, row_stride, heads, head_stride, width, native, *turns, interleaved
+        x.data_ptr(),
+        out.data_ptr(),
+        x.dtype == torch.bfloat16,
+        rows,
+        row_stride,
+        heads,
+        head_stride,
+        width,
+        norm or _NO_NORM,
+        *turns,
+        interleaved,
     )
     return out
 
@@ -86,9 +89,19 @@ def _sum(x: Tensor, y: Tensor, of_y: Norm | None, norm: Norm | None, scale: floa
     x, y = x.contiguous(), y.contiguous()
     total = torch.empty(x.shape, dtype=x.dtype)
     normed = total if norm is None else torch.empty(x.shape, dtype=x.dtype)
-    natives = (_NO_NORM if each is None else each.native() for each in (of_y, norm))
     rows, width = x.shape
-    module().sum(x.data_ptr(), y.data_ptr(), total.data_ptr(), normed.data_ptr(), x.dtype == torch.bfloat16, rows, width, *natives, scale)
+    module().sum(
+        x.data_ptr(),
+        y.data_ptr(),
+        total.data_ptr(),
+        normed.data_ptr(),
+        x.dtype == torch.bfloat16,
+        rows,
+        width,
+        of_y or _NO_NORM,
+        norm or _NO_NORM,
+        scale,
+    )
     return total, normed
 
 

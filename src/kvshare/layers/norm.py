@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
     def spelled(self) -> small_ops.Norm:
         """What the kernels are told."""
-        return small_ops.Norm(self.weight, self.offset, self.eps)
+        return small_ops.norm_of(self.weight, self.offset, self.eps)
 
 
 def add_normed(x: Tensor, y: Tensor, norm: RMSNorm, scale: Tensor | None = None) -> Tensor:  # [tokens, width] each, scale [1]

@@ -91,7 +91,7 @@ class Gemma3(GemmaModel):
         context = self.context(step, x.dtype)
         for block in self.blocks:
             x, context = block(x, context)
-            if not len(x):  # a chunk inside a prompt: nobody asked for its logits
+            if not x.shape[0]:  # a chunk inside a prompt: nobody asked for its logits
                 break
         return self.norm(x)
 

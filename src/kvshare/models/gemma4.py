@@ -144,7 +144,7 @@ class Block(nn.Module):
         if context.step.narrows(self.index):
             kept, context = context.step.rows_kept, context.narrowed(self.index)
             x, normed = x[kept], normed[kept]
-            if not len(x):
+            if not x.shape[0]:
                 return x, context
         attended = self.attention(normed, q, context.rotations[self.kind], context.step)
         x, normed = add_then_norm(x, attended, self.feed_forward.norm, self.attention_out_norm)
@@ -189,7 +189,7 @@ class Gemma4(GemmaModel):
         context = self.context(step, x.dtype, inputs)
         for block in self.blocks:
             x, context = block(x, context)
-            if not len(x):  # a chunk inside a prompt: nobody asked for its logits
+            if not x.shape[0]:  # a chunk inside a prompt: nobody asked for its logits
                 break
         return self.norm(x)
 

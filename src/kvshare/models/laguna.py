@@ -207,7 +207,7 @@ class Laguna(Decoder):
         rotations = {layer_type: waves.at(step.positions, x.dtype) for layer_type, waves in self.frequencies.items()}
         for block in self.blocks:
             x, rotations, step = block(x, rotations, step)
-            if not len(x):
+            if not x.shape[0]:
                 break
         return self.norm(x)
 

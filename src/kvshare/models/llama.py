@@ -136,7 +136,7 @@ class Llama(Decoder):
         rotation = self.frequencies.at(step.positions, x.dtype)
         for block in self.blocks:
             x, rotation, step = block(x, rotation, step)
-            if not len(x):  # a chunk inside a prompt: nobody asked for its logits
+            if not x.shape[0]:  # a chunk inside a prompt: nobody asked for its logits
                 break
         return self.norm(x)
 
