@@ -7,13 +7,15 @@ A generated part stands between two comments:
     <!-- output: kvshare plan gemma-4-E2B -->
     <!-- end -->
 
-What follows `output:` is a key of `GENERATORS`, or a command line that begins with `kvshare`, run by this Python, without a network.
+What follows `output:` is a key of `GENERATORS`, a command line that begins with `kvshare`, run by this Python, without a network, or the
+path of measurements that `benchmarks.compare --json` wrote: they become tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import re
 import shlex
@@ -114,6 +116,13 @@ def bundled_configs() -> str:
     return "\n".join(lines) + "\n"
 
 
+def measurements(file: Path) -> str:
+    """The tables of one comparison with other engines."""
+    from benchmarks.report import tables
+
+    return tables(json.loads(file.read_text())) + "\n"
+
+
 GENERATORS: Mapping[str, Callable[[], str]] = {
     "support table": support_table,
     "planned only": planned_only,
@@ -127,8 +136,10 @@ def generated(what: str) -> str:
     """The text of one part. Raises `SystemExit` for one that nothing generates."""
     if what in GENERATORS:
         return GENERATORS[what]()
+    if what.endswith(".json"):
+        return measurements(ROOT / what)
     if what.split()[0] != "kvshare":
-        raise SystemExit(f"nothing generates {what!r}: it is neither one of {', '.join(GENERATORS)} nor a kvshare command")
+        raise SystemExit(f"nothing generates {what!r}: it is neither one of {', '.join(GENERATORS)} nor a .json file or a kvshare command")
     return command(what)
 
 
@@ -141,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a part is not what the code prints")
     check = parser.parse_args().check
-    sys.path.insert(0, str(ROOT / "src"))
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
     stale = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = page.read_text()

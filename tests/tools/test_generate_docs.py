@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -51,3 +52,16 @@ def test_what_nothing_generates_is_refused():
 def test_a_command_that_fails_is_refused_with_its_message():
     with pytest.raises(SystemExit, match="did you mean"):
         fill("<!-- output: kvshare plan gemma-4-E9B -->\n<!-- end -->\n")
+
+
+def test_measurements_become_a_table(tmp_path: Path):
+    row = {"round": 0, "engine": "kvshare", "read_gb_s": 40.0, "gemm_gflop_s": 900.0, "context": 512, "batch": 1}
+    done = {**row, "ttft_s": 0.5, "decode_s": 0.1, "step_bytes": 3_600_000_000, "prompt_flops": None, "peak_rss_bytes": 7_000_000_000}
+    other = {**row, "engine": "peer", "unfinished_s": 600}
+    machine = {"processor": "a processor"}
+    document = {"model": "shape", "engines": ["kvshare", "peer"], "threads": 2, "started": "2026-11-22 07:45:00", "seconds": 60}
+    file = tmp_path / "e2b.json"
+    file.write_text(json.dumps({**document, "machine": machine, "rows": [done, other]}))
+    page = fill(f"<!-- output: {file} -->\n<!-- end -->\n")
+    assert "| kvshare | 512 | 1 | 0.50 | 1,024 |  | 10.00 | 90% |  |  | 7.00 |  |" in page
+    assert "| peer | 512 | 1 | not finished in 600 s |" in page
