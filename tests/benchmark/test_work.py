@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -58,7 +60,8 @@ def test_readers_read_their_owners_rows_again() -> None:
     assert step_bytes(1000, layout, 4096, 8, "bf16") == 1000 + 8 * (7 * full * 4096 + 28 * window * 512)
 
 
-def test_quantized_weights_count_as_they_are_stored() -> None:
+def test_quantized_weights_count_as_they_are_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KVSHARE_CACHE", str(tmp_path))
     demo = locate("demo")
     sizes = [weight_bytes(LLM(demo, max_context=64, weights=weights, progress=False).model) for weights in ("bf16", "int8", "int4")]
     plain, int8, int4 = (size for size in sizes if size is not None)
