@@ -29,7 +29,7 @@ LAYOUT = CacheLayout(LAYERS)
 HEADS = 60
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "rot4"])
 @torch.no_grad()
 def test_kernels_and_torch_read_the_same_pages_alike(precision: str) -> None:
     """Chunks, single queries, a sequence without tokens, and the rows that go on behind the last owner."""
@@ -60,7 +60,7 @@ def test_kernels_and_torch_read_the_same_pages_alike(precision: str) -> None:
                 got = seen.attend(layer, q, scale=0.1, sinks=sinks, entries=entries)
                 wanted = Step.attend(seen, layer, q.float(), scale=0.1, sinks=sinks, entries=entries)
                 assert got.shape == wanted.shape
-                assert (got.float() - wanted).abs().max() < 2.0**-6
+                assert (got.float() - wanted).abs().max() < (2.0**-5 if precision == "rot4" else 2.0**-6)
         for each, count in zip(caches, counts, strict=True):
             each.commit(count)
 

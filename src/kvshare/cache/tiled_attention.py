@@ -10,6 +10,7 @@ from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
 from kvshare.cache.tables import PageTable
+from kvshare.kernels.paged_attention import WIDEST
 from kvshare.kernels.row_kind import row_kind
 from kvshare.kernels.tile_attention import Rows, TileAttention, TileSpan
 from kvshare.layout import CacheLayout, LayerCache, Stream
@@ -64,9 +65,11 @@ class TiledAttention:
         bound = []
         for k, v in kinds:
             of_keys, of_values = (row_kind(self.codecs[owner, stream.name]) for stream in (k, v))
-            if of_keys is None or of_values is None or of_keys.rotated or of_values.rotated:
+            if of_keys is None or of_values is None or max(k.width, v.width) > WIDEST:
                 return None
             bound.append((k, of_keys, v, of_values))
+        if len({(of_keys.rotated, of_values.rotated) for _, of_keys, _, of_values in bound}) > 1:
+            return None
         return TiledRows(owner, kinds, TileAttention(arena, bound))
 
 

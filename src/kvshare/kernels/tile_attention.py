@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kvshare.cache.arena import Arena
 from kvshare.kernels.native import module
+from kvshare.kernels.row_kind import RowKind, stream_shape
 
 if TYPE_CHECKING:
     from kvshare.cache.tables import PageTable
-    from kvshare.kernels.row_kind import RowKind
     from kvshare.layout import Stream
 
 
@@ -37,26 +37,23 @@ class TileAttention:
     """Attention of bfloat16 queries to the rows of one owner, of one kind or of several in one softmax.
 
     A kind is a stream of keys and one of values, or one that is both. Queries of a KV head stand in the lanes of vectors, 64 at a
-    time, and meet 96 rows at a time (a running softmax over tiles: Dao et al. 2022, "FlashAttention"); encoded rows are decoded tile
-    by tile. Tiles begin at the same rows for every query: how a prompt is cut in chunks changes the result only where a sequence has so
-    few queries that its rows are shared among threads; neither the batch nor the number of threads changes a bit.
+    time, and meet 96 rows at a time (a running softmax over tiles: Dao et al. 2022, "FlashAttention"). Encoded rows are decoded tile
+    by tile, to bfloat16; rotated ones stay rotated, while queries are rotated and results rotated back, each rounded to bfloat16.
+
+    Tiles begin at the same rows for every query: how a prompt is cut in chunks changes the result only where a sequence has so few
+    queries that its rows are shared among threads; neither the batch nor the number of threads changes a bit.
     """
 
     def __init__(self, arena: Arena, kinds: Sequence[tuple[Stream, RowKind, Stream, RowKind]]):
-        """`kinds`: keys and how they are encoded, values and how they are. All have the same heads and widths, which are even."""
+        """`kinds`: keys and how they are encoded, values and how they are. Heads, widths (even) and rotation are the same in all."""
         self.arena = arena
         k, _, v, _ = kinds[0]
         self.kv_heads, self.key_width, self.value_width = k.heads, k.width, v.width
-        native = module()
-
-        def side(stream: Stream, kind: RowKind) -> tuple[object, int, int]:
-            code = getattr(native.RowKind, kind.name)
-            row_bytes = stream.heads * native.head_bytes(code, stream.width)
-            return code, row_bytes, arena.page_bytes // row_bytes
-
-        streams = [(side(k, kk), side(v, vk), k is v, k.tokens_per_row, k.window or 0) for k, kk, v, vk in kinds]
-        shape = self.kv_heads, self.key_width, self.value_width
-        self._native = native.TileAttention(arena.pages.data_ptr(), arena.page_bytes, streams, *shape)
+        streams = []
+        for k, kind_of_keys, v, kind_of_values in kinds:
+            shapes = stream_shape(arena, k.heads, k.width, kind_of_keys), stream_shape(arena, v.heads, v.width, kind_of_values)
+            streams.append((*shapes, k is v, k.tokens_per_row, k.window or 0))
+        self._native = module().TileAttention(arena.pages.data_ptr(), arena.page_bytes, streams, self.kv_heads)
 
     def attend(
         self,

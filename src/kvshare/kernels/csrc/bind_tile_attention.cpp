@@ -16,20 +16,18 @@ static T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-using Side = std::tuple<RowKind, int64_t, int64_t>;                                                // kind, row bytes, rows a page
-using Stream = std::tuple<Side, Side, bool, int64_t, int64_t>;                                     // keys, values, same, tokens a row, window
+using Stream = std::tuple<StreamShape, StreamShape, bool, int64_t, int64_t>;              // keys, values, same, tokens a row, window
 using Rows = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t>;               // pages and first page of keys and of values, chosen rows
 using Span = std::tuple<int64_t, int64_t, std::vector<Rows>>;                                      // start, count
 
 void bind_tile_attention(nb::module_& m) {
     nb::class_<TileAttention>(m, "TileAttention")
         .def("__init__",
-             [](TileAttention* self, uintptr_t arena, int64_t page_bytes, const std::vector<Stream>& streams, int kv_heads, int key_width, int value_width) {
+             [](TileAttention* self, uintptr_t arena, int64_t page_bytes, const std::vector<Stream>& streams, int kv_heads) {
                  std::vector<TileStream> all;
-                 for (const auto& [k, v, same, tokens_per_row, window] : streams)
-                     all.push_back({std::get<0>(k), std::get<1>(k), std::get<2>(k), std::get<0>(v), std::get<1>(v), std::get<2>(v), same, tokens_per_row, window});
-                 new (self) TileAttention(at<const uint8_t>(arena), page_bytes, std::move(all), kv_heads, key_width, value_width);
-             }, "arena"_a, "page_bytes"_a, "streams"_a, "kv_heads"_a, "key_width"_a, "value_width"_a)
+                 for (const auto& [k, v, same, tokens_per_row, window] : streams) all.push_back({k, v, same, tokens_per_row, window});
+                 new (self) TileAttention(at<const uint8_t>(arena), page_bytes, std::move(all), kv_heads);
+             }, "arena"_a, "page_bytes"_a, "streams"_a, "kv_heads"_a)
         .def("attend",
              [](const TileAttention& self, uintptr_t q, uintptr_t out, uintptr_t positions, int query_heads, const std::vector<Span>& spans, float scale, float softcap,
                 uintptr_t sinks) {

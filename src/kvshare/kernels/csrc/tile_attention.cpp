@@ -109,8 +109,9 @@ std::vector<TileAttention::Item> TileAttention::cut(const Work& work) const {
 
 // Points the tile at its rows `begin ... end`; row 0 of it is row `first` of the stream.
 void TileAttention::find_rows(const TileStream& stream, const TileRows& rows, int64_t first, int begin, int end, int kv_head, Tile& tile) const {
-    const auto find = [&](const uint8_t** to, int64_t head, const int32_t* pages, int64_t first_page, int64_t row_bytes, int64_t rows_per_page) {
-        const uint8_t* base = arena_ + kv_head * head;
+    const auto find = [&](const uint8_t** to, const StreamShape& shape, const int32_t* pages, int64_t first_page) {
+        const int64_t rows_per_page = shape.rows_per_page, row_bytes = shape.row_bytes;
+        const uint8_t* base = arena_ + kv_head * head_bytes(shape.kind, shape.width);
         int64_t page = (first + begin) / rows_per_page - first_page, row = (first + begin) % rows_per_page;
         if (rows.num_chosen >= 0) {
             for (int i = begin; i < end; i++) {
@@ -127,21 +128,46 @@ void TileAttention::find_rows(const TileStream& stream, const TileRows& rows, in
         std::fill(to + end, to + TILE_ROWS, to[end - 1]);
     };
     tile.first = int(first);
-    find(tile.k, head_bytes(stream.k_kind, key_width_), rows.k_pages, rows.k_first_page, stream.k_row_bytes, stream.k_rows_per_page);
+    find(tile.k, stream.k, rows.k_pages, rows.k_first_page);
     if (stream.same) std::copy(tile.k, tile.k + TILE_ROWS, tile.v);
-    else find(tile.v, head_bytes(stream.v_kind, value_width_), rows.v_pages, rows.v_first_page, stream.v_row_bytes, stream.v_rows_per_page);
+    else find(tile.v, stream.v, rows.v_pages, rows.v_first_page);
 }
 
 // Encoded rows as numbers in `decoded` [2, TILE_ROWS, widths], and the tile pointed at them.
 void TileAttention::decode_rows(const Isa& isa, const TileStream& stream, uint16_t* decoded, Tile& tile) const {
-    const auto decode = [&](const uint8_t** rows, RowKind kind, int width) {
-        if (kind == RowKind::BF16) return;
-        isa.decode_heads(kind, width, rows, TILE_ROWS, decoded, width, true);
-        for (int i = 0; i < TILE_ROWS; i++, decoded += width) rows[i] = reinterpret_cast<const uint8_t*>(decoded);
+    const auto decode = [&](const uint8_t** rows, const StreamShape& shape) {
+        if (shape.kind == RowKind::BF16) return;
+        isa.decode_heads(shape.kind, shape.width, rows, TILE_ROWS, decoded, shape.width, true);
+        for (int i = 0; i < TILE_ROWS; i++, decoded += shape.width) rows[i] = reinterpret_cast<const uint8_t*>(decoded);
     };
-    decode(tile.k, stream.k_kind, key_width_);
+    decode(tile.k, stream.k);
     if (stream.same) std::copy(tile.k, tile.k + TILE_ROWS, tile.v);
-    else decode(tile.v, stream.v_kind, value_width_);
+    else decode(tile.v, stream.v);
+}
+
+// Rotated keys stay as they are and the queries are rotated; results are rotated back.
+static void rotate(const Isa& isa, int width, const uint16_t* from, uint16_t* to, const Rotation& rotation, void (Rotation::*way)(float*) const) {
+    static thread_local std::vector<float> kept;
+    kept.resize(size_t(width));
+    float* numbers = kept.data();
+    const auto* plain = reinterpret_cast<const uint8_t*>(from);
+    isa.decode_heads(RowKind::BF16, width, &plain, 1, numbers, width, false);
+    (rotation.*way)(numbers);
+    plain = reinterpret_cast<const uint8_t*>(numbers);
+    isa.decode_heads(RowKind::FP32, width, &plain, 1, to, width, true);
+}
+
+// The 64 queries from `lane` of an item on.
+void TileAttention::pack(const Work& work, const Item& item, int64_t lane, const TileQueries& queries) const {
+    const uint16_t* rows[SUB_LANES];
+    for (int64_t l = 0; l < SUB_LANES; l++) rows[l] = work.q + work.query(item, std::min(lane + l, item.lanes - 1)) * key_width_;
+    const auto& rotation = streams_[0].k.rotation;
+    std::vector<uint16_t> rotated(rotation ? size_t(SUB_LANES * key_width_) : 0);
+    for (int64_t l = 0; rotation && l < SUB_LANES; l++) {
+        rotate(work.isa, key_width_, rows[l], rotated.data() + l * key_width_, *rotation, &Rotation::apply);
+        rows[l] = rotated.data() + l * key_width_;
+    }
+    work.isa.tile.pack_queries(queries, rows);
 }
 
 // Views of an item's queries, 64 at a time: `sums` holds what is summed up, `packed` the queries (where they are needed still).
@@ -166,6 +192,8 @@ void TileAttention::write(const Work& work, const Item& item, const TileQueries*
             if (real && work.sinks) sinks[l] = work.sinks[work.query(item, lane + l) % work.query_heads];
         }
         work.isa.tile.write(*subs, work.sinks ? sinks : nullptr, rows);
+        for (uint16_t* row : rows)
+            if (row && streams_[0].v.rotation) rotate(work.isa, value_width_, row, row, *streams_[0].v.rotation, &Rotation::undo);
     }
 }
 
@@ -179,11 +207,7 @@ void TileAttention::run(const Work& work, const Item& item, float* kept) const {
     alignas(64) int32_t first[BLOCK_LANES], end[BLOCK_LANES];
     TileQueries subs[SUBS];
     const int num_subs = bind(work, item, memory + values, item.parts > 1 ? kept + item.kept : memory + values + packed, first, end, subs);
-    for (int s = 0; s < num_subs; s++) {
-        const uint16_t* rows[SUB_LANES];
-        for (int64_t l = 0; l < SUB_LANES; l++) rows[l] = work.q + work.query(item, std::min(s * SUB_LANES + l, item.lanes - 1)) * key_width_;
-        work.isa.tile.pack_queries(subs[s], rows);
-    }
+    for (int s = 0; s < num_subs; s++) pack(work, item, s * SUB_LANES, subs[s]);
 
     const int64_t* positions = work.positions + item.span->start;
     int64_t before = 0;  // tiles of the streams in front

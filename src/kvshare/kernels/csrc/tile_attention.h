@@ -4,15 +4,13 @@
 #include <vector>
 
 #include "kernels.h"
+#include "paged_attention.h"
 
 namespace kvshare {
 
 // One kind of row that queries attend to: keys in one stream, values in another or the same.
 struct TileStream {
-    RowKind k_kind;
-    int64_t k_row_bytes, k_rows_per_page;
-    RowKind v_kind;
-    int64_t v_row_bytes, v_rows_per_page;
+    StreamShape k, v;
     bool same;               // values are the first numbers of the keys
     int64_t tokens_per_row;  // row i is complete at position (i + 1) * tokens_per_row - 1, and seen from there on
     int64_t window;          // a query sees the newest `window` rows; 0: all
@@ -36,8 +34,9 @@ struct TileSpan {
 
 class TileAttention {
   public:
-    TileAttention(const uint8_t* arena, int64_t page_bytes, std::vector<TileStream> streams, int kv_heads, int key_width, int value_width)
-        : arena_(arena), page_bytes_(page_bytes), streams_(std::move(streams)), kv_heads_(kv_heads), key_width_(key_width), value_width_(value_width) {}
+    // All streams have the same widths, and heads that are rotated alike.
+    TileAttention(const uint8_t* arena, int64_t page_bytes, std::vector<TileStream> streams, int kv_heads)
+        : arena_(arena), page_bytes_(page_bytes), streams_(std::move(streams)), kv_heads_(kv_heads), key_width_(streams_[0].k.width), value_width_(streams_[0].v.width) {}
 
     // out[t] = softmax(scale * q[t] . k) v over the rows of all streams that position[t] sees. bfloat16: q [tokens, query_heads, key_width] and
     // out [tokens, query_heads, value_width]; positions [tokens]; sinks [query_heads] or null. Only rows of the spans are written. A sequence is
@@ -51,6 +50,7 @@ class TileAttention {
     std::vector<Item> cut(const Work& work) const;
     void run(const Work& work, const Item& item, float* kept) const;
     void write(const Work& work, const Item& item, const TileQueries* subs) const;
+    void pack(const Work& work, const Item& item, int64_t lane, const TileQueries& queries) const;
     int bind(const Work& work, const Item& item, float* packed, float* sums, const int32_t* first, const int32_t* end, TileQueries* subs) const;
     void find_rows(const TileStream& stream, const TileRows& rows, int64_t first, int begin, int end, int kv_head, Tile& tile) const;
     void decode_rows(const Isa& isa, const TileStream& stream, uint16_t* decoded, Tile& tile) const;
