@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kern
 TYPES = {block.name: block for block in BLOCK_TYPES.values()}
 SCALES_AT = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 TOLERANCE = 2.0**-20  # of the sum of |x| |w|
+COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17)  # rows of activations: kernels take up to eight at a time
 
 
 @pytest.fixture(params=ISAS)
@@ -75,14 +76,14 @@ def test_product_equals_twin(name: str, dtype: torch.dtype, isa: str) -> None:
     for width in widths(name):
         part = packed(name, 37, width, seed=width)
         weight = QuantizedWeight([part])
-        x = torch.randn(ROWS_IN_BLOCKS, width, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(max(COUNTS), width, generator=torch.Generator().manual_seed(1))
         x[0, :32] = 0  # a group without a scale
         x[1] *= torch.logspace(-30, 30, width)
         x[2:, ::97] *= 1000  # outliers, beside which the others keep few of their bits
         x = x.to(dtype)
         together = weight.matmul(x)
         assert_equals_twin(together, [part], x)
-        for rows in range(1, ROWS_IN_BLOCKS):
+        for rows in COUNTS:
             assert torch.equal(weight.matmul(x[-rows:]), together[-rows:])  # whatever rows are beside it
         assert_equals_twin(weight.matmul(x, dtype=torch.float32), [part], x)
 
@@ -91,13 +92,13 @@ def test_product_equals_twin(name: str, dtype: torch.dtype, isa: str) -> None:
 def test_bfloat16_product_is_that_of_float64(width: int, isa: str) -> None:
     part = torch.randn(37, width, generator=torch.Generator().manual_seed(width)).bfloat16()
     weight = QuantizedWeight([part])
-    x = torch.randn(ROWS_IN_BLOCKS, width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x = torch.randn(max(COUNTS), width, generator=torch.Generator().manual_seed(1)).bfloat16()
     x[1] *= torch.logspace(-15, 15, width)
     together = weight.matmul(x, dtype=torch.float32)
     assert_equals_twin(together, [part], x)
     assert_equals_twin(weight.matmul(x), [part], x)
     assert_equals_twin(weight.matmul(x.float()), [part], x)
-    for rows in range(1, ROWS_IN_BLOCKS):
+    for rows in COUNTS:
         assert torch.equal(weight.matmul(x[-rows:], dtype=torch.float32), together[-rows:])
 
 
@@ -121,7 +122,7 @@ def test_parts_of_several_formats_lie_behind_one_another(isa: str) -> None:
 def test_many_rows_are_multiplied_with_decoded_weights(isa: str) -> None:
     """Without rounding the activations: as the dense layer does."""
     parts = [packed("Q4_K", 300, 256), packed("Q5_0", 77, 256)]
-    x = torch.randn(41, 256, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(ROWS_IN_BLOCKS + 1, 256, generator=torch.Generator().manual_seed(1))
     matrix = torch.cat([dense(part) for part in parts])
     expected, size = x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
     for dtype, bound in ((torch.float32, TOLERANCE), (torch.bfloat16, 2.0**-7)):
@@ -158,8 +159,10 @@ def test_nothing_is_read_behind_the_last_row(isa: str) -> None:
         assert torch.equal(QuantizedWeight([moved]).decode(0, 3, torch.bfloat16), part.dequantize(torch.bfloat16))
 
 
-def test_results_do_not_depend_on_the_number_of_threads(isa: str) -> None:
-    weight, x = QuantizedWeight([packed("Q4_0", 3000, 96)]), torch.randn(2, 96, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(("width", "rows"), [(96, 2), (4096, 9)])  # rounded by the calling thread, and by all of them
+def test_results_do_not_depend_on_the_number_of_threads(width: int, rows: int, isa: str) -> None:
+    part = packed("Q4_0", 3 * 1024 * 96 // width, width)
+    weight, x = QuantizedWeight([part]), torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
     before, outs = torch.get_num_threads(), []
     try:
         for count in (1, 3):
@@ -168,6 +171,7 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*outs)
+    assert_equals_twin(outs[0], [part], x)
 
 
 def test_what_does_not_fit_is_refused() -> None:
