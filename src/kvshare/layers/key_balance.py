@@ -19,7 +19,7 @@ _SMALLEST = 1e-6  # of a head's root mean square: weights below it count as this
 
 
 def key_balance(layout: CacheLayout, blocks: nn.ModuleList, pairs: Callable[[int], int]) -> dict[int, Tensor]:
-    """By owner that stores whole keys behind a norm: the factors [kv_heads, width] float32, powers of two, to divide its keys by.
+    """By owner that stores whole keys behind a norm: the factors [kv_heads, width] bfloat16, powers of two, to divide its keys by.
 
     `pairs(layer)` is how many pairs of a head (i, i + pairs) the layer rotates. All layers that attend to the owner's keys count, each by
     its queries' norm; those that project queries before they meet another layer's keys are left out.
@@ -32,7 +32,7 @@ def key_balance(layout: CacheLayout, blocks: nn.ModuleList, pairs: Callable[[int
             continue
         attentions: list[Any] = [blocks[layer].attention for layer in (owner, *layout.readers(owner))]
         queries = [a.q_norm for a in attentions if getattr(a, "key_projection", None) is None]
-        factors[owner] = balance(norm, queries, pairs(owner)).expand(stream.heads, -1)
+        factors[owner] = balance(norm, queries, pairs(owner)).expand(stream.heads, -1).contiguous()
     return factors
 
 
@@ -41,7 +41,7 @@ def balance(keys: RMSNorm, queries: Iterable[RMSNorm], pairs: int) -> Tensor:  #
     k = _amplitudes(keys, pairs).sqrt()
     q = torch.stack([_amplitudes(norm, pairs) for norm in queries]).mean(0).sqrt()
     exponents = 0.5 * (k.log2() - q.log2())
-    return (exponents - exponents.mean()).round().exp2()
+    return (exponents - exponents.mean()).round().exp2().bfloat16()
 
 
 def _amplitudes(norm: RMSNorm, pairs: int) -> Tensor:  # -> [width]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class BalancedCodec:
-    """`codec` spells keys that have been divided by `balance` ([heads, width] float32, powers of two)."""
+    """`codec` spells keys that have been divided by `balance`: [heads, width] bfloat16, exact for powers of two."""
 
     def __init__(self, codec: Codec, balance: Tensor):
         self.codec, self.balance = codec, balance
