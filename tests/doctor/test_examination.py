@@ -12,6 +12,7 @@ import torch
 from fixtures import tiny_llama
 from torch import Tensor
 
+from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.paged_step import PagedStep
 from kvshare.cache.step import Step
@@ -21,6 +22,7 @@ from kvshare.checkpoints.resolve import locate
 from kvshare.doctor import Report, examine
 from kvshare.doctor.comparison import Difference
 from kvshare.errors import CheckpointError, RequestError
+from kvshare.layers.quantized_linear import QuantizedLinear
 from kvshare.models.llama import Attention, Llama
 
 
@@ -77,6 +79,44 @@ def test_served_dtype_and_float32_are_both_examined() -> None:
     assert {check.dtype for check in report.checks} == {"", "bfloat16", "float32"}
     assert report.perplexity is not None
     assert 50 < report.perplexity < 200
+
+
+ROUNDED = [("int4", None, "int4 blocks, as plain"), ("auto", "int8", "int8 cache, as exact"), ("auto", "rot3", "rot3 cache, as exact")]
+
+
+@pytest.mark.parametrize(("weights", "kv_dtype", "name"), ROUNDED)
+def test_what_rounding_costs_is_a_check_of_its_own(
+    weights: str, kv_dtype: str | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if weights != "auto" and not kernels.available():
+        pytest.skip(kernels.reason_unavailable())
+    monkeypatch.setenv("KVSHARE_CACHE", str(tmp_path))
+    report = examine("demo", num_tokens=80, weights=weights, kv_dtype=kv_dtype)
+    assert report.passed, failures(report)
+    assert {check.dtype for check in report.checks} == {"", "bfloat16"}
+    (found,) = [check for check in report.checks if check.name == name]
+    assert found.measured is not None
+    assert found.bound is not None
+    assert 1e-5 < found.measured < found.bound
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.reason_unavailable()}")
+def test_blocks_that_are_read_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrap(monkeypatch, QuantizedLinear, "part", lambda part, self, x, start, end: -part(self, x, start, end))
+    assert failures(examine("demo", num_tokens=40, weights="int8", weight_cache=False)) == {"int8 blocks, as plain"}
+
+
+def test_rows_that_are_stored_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turned(append: Callable[..., None], self: PagedStep, layer: int, rows: dict[str, Tensor]) -> None:
+        append(self, layer, {name: values.roll(1, -1) for name, values in rows.items()})
+
+    wrap(monkeypatch, PagedStep, "append", turned)
+    assert "int8 cache, as exact" in failures(examine("demo", num_tokens=40, kv_dtype="int8"))
+
+
+def test_exact_logits_are_not_asked_of_rounded_weights() -> None:
+    with pytest.raises(RequestError, match="leave dtype away"):
+        examine("demo", dtype="float32", weights="int8")
 
 
 def test_a_reader_that_writes_its_owners_pages_is_found(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

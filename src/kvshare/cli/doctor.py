@@ -31,13 +31,17 @@ def doctor(
     ] = None,
     dtype: options.Dtype = "auto",
     kv_layout: options.KVLayout = "plain",
+    weights: options.Weights = "auto",
+    weight_cache: options.WeightCache = True,
+    kv_dtype: options.KVDtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")] = False,
 ) -> None:
     """Prove on a model, with real text, that it runs right on this machine; without a model, describe the machine.
 
     Runs the text in one step, in chunks, token by token, in a ragged batch, with the tail skipped, and through transformers where that
     loads the same weights. The dtype that is served is held to equal tokens or near ties; float32, where it fits the memory, to equal
-    logits. Pages are hashed around every layer that must not write them, and counted against the plan after every step.
+    logits. Pages are hashed around every layer that must not write them, and counted against the plan after every step. Quantized weights
+    (--weights) and lossy caches (--kv-dtype) are held to a divergence from plain weights and exact rows.
     Exit status: 0 all good, 1 a check failed, 2 the command is wrong.
     """
     if model is None:
@@ -52,7 +56,17 @@ def doctor(
 
     path = locate(model)
     with _status() as notice:
-        report = examine(path, dtype=dtype, text=content, num_tokens=tokens, kv_layout=kv_layout, notice=notice)
+        report = examine(
+            path,
+            dtype=dtype,
+            text=content,
+            num_tokens=tokens,
+            kv_layout=kv_layout,
+            weights=weights,
+            kv_dtype=kv_dtype,
+            weight_cache=weight_cache,
+            notice=notice,
+        )
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:

@@ -47,8 +47,11 @@ class Difference:
         log_p, log_q = torch.log_softmax(reference, -1), torch.log_softmax(found, -1)
         self.divergence += (log_p.exp() * (log_p - log_q)).sum().item()
 
-    def check(self, name: str, dtype: str, remark: str = "") -> Check:
-        """The verdict. float32 is held to `FLOAT32_BOUND`; 16-bit types to equal tokens or near ties, and to a divergence."""
+    def check(self, name: str, dtype: str, remark: str = "", most: float | None = None) -> Check:
+        """The verdict. float32 is held to `FLOAT32_BOUND`; 16-bit types to equal tokens or near ties, and to a divergence.
+
+        `most` is the divergence, if not the dtype's own.
+        """
         scale, mean = max(self.largest_logit, 1e-30), self.divergence / max(1, self.rows)
         remark = f"; {remark}" if remark else ""
         if not self.finite:
@@ -59,19 +62,29 @@ class Difference:
             share = self.absolute / scale
             detail = f"logits within {self.absolute:.1e} (bound {FLOAT32_BOUND * scale:.1e}) in {self.rows:,} rows{remark}"
             return Check(name, dtype, "passed" if share <= FLOAT32_BOUND else "failed", detail, share, FLOAT32_BOUND)
-        share, bound = self.margin / scale, TIE_BOUND[dtype]
+        share, bound, most = self.margin / scale, TIE_BOUND[dtype], most or DIVERGENCE_BOUND[dtype]
         detail = f"{self.rows - self.other_tokens:,} of {self.rows:,} tokens equal"
         if self.other_tokens:
             detail += f", the others by a margin of {self.margin:.2g} (bound {bound * scale:.2g})"
-        detail += f"; KL {mean:.1e} (bound {DIVERGENCE_BOUND[dtype]:.0e}){remark}"
-        return Check(name, dtype, "passed" if share <= bound and mean <= DIVERGENCE_BOUND[dtype] else "failed", detail, share, bound)
+        detail += f"; KL {mean:.1e} (bound {most:.0e}){remark}"
+        return Check(name, dtype, "passed" if share <= bound and mean <= most else "failed", detail, share, bound)
+
+    def loss(self, name: str, dtype: str, bound: float) -> Check:
+        """The verdict on something that rounds on purpose: its mean divergence in nats a token, against `bound`."""
+        mean, equal = self.divergence / max(1, self.rows), self.rows - self.other_tokens
+        detail = f"KL {mean:.1e} (bound {bound:g}), {equal:,} of {self.rows:,} tokens equal"
+        return Check(name, dtype, "passed" if self.finite and mean <= bound else "failed", detail, mean, bound)
 
 
-def compare(head: Callable[[Tensor], Tensor], reference: Tensor, found: Tensor) -> Difference:
-    """The difference between the logits of hidden states [rows, hidden], a slice at a time."""
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [rows, hidden] -> logits [rows, vocab]."""
+
+
+def compare(head: Head, reference: Tensor, found: Tensor, found_head: Head | None = None) -> Difference:
+    """The difference between the logits of hidden states [rows, hidden], a slice at a time; `found` goes through `found_head` if given."""
     difference = Difference()
     with torch.inference_mode():
         for start in range(0, len(reference), HEAD_ROWS):
             part = slice(start, start + HEAD_ROWS)
-            difference.add(head(reference[part]), head(found[part]))
+            difference.add(head(reference[part]), (found_head or head)(found[part]))
     return difference

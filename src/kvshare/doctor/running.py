@@ -14,6 +14,7 @@ from kvshare.cache.step import DenseStep
 from kvshare.doctor.comparison import Difference, compare
 from kvshare.doctor.report import Check
 from kvshare.doctor.watched import Watched
+from kvshare.evaluation.divergence import cached_hidden
 from kvshare.layout import PrecisionChoice
 from kvshare.models.model import Model
 
@@ -42,10 +43,12 @@ def odd_sizes(total: int) -> list[int]:
 class Ways:
     """The ways of running `model` on `ids`. Arenas are checked on the way: `steps`, `deviations`, `foreign_writes`."""
 
-    def __init__(self, model: Model, ids: Sequence[int], num_begin: int, dtype: str, precision: PrecisionChoice):
+    def __init__(self, model: Model, ids: Sequence[int], num_begin: int, dtype: str, precision: PrecisionChoice, lossy: bool = False):
+        """Where the cache is `lossy`, every way is held to one step that reads the same encoded rows, without the cache otherwise."""
         self.begin = ids[:num_begin]  # <bos>, without which some models write nonsense that amplifies every rounding
         self.model, self.ids, self.dtype, self.precision = model, ids, dtype, precision
-        self.reference = one_shot(model, ids)  # [tokens, hidden]
+        self.lossy = lossy
+        self.reference = self._alone(ids)  # [tokens, hidden]
         self.steps = 0
         self.deviations: list[str] = []
         self.foreign_writes: set[int] = set()
@@ -59,6 +62,10 @@ class Ways:
         yield "token by token", *self._single_steps()
         yield "ragged batch", self._ragged_batch(), "3 sequences of different lengths, chunks and single tokens in one step"
         yield "tail skipped", self._tail(), self._tail_remark()
+
+    def _alone(self, ids: Sequence[int]) -> Tensor:  # [tokens, hidden]
+        with torch.inference_mode():
+            return cached_hidden(self.model, ids, self.precision) if self.lossy else one_shot(self.model, ids)
 
     def watch(self, sequences: int = 1, seals: bool = False) -> Watched:
         return Watched(self.model, self.precision, sequences, len(self.ids), seals)
@@ -97,7 +104,7 @@ class Ways:
         total, numbers = len(self.ids), random.Random(0)
         others = (self.ids[total // 3 :], self.ids[total // 2 : total // 2 + max(2, total // 4)])
         texts = [self.ids, *([*self.begin, *other] for other in others)]
-        references = [self.reference, *(one_shot(self.model, text) for text in texts[1:])]
+        references = [self.reference, *(self._alone(text) for text in texts[1:])]
         outs: list[list[Tensor]] = [[] for _ in texts]
         watched = self.watch(len(texts))
         while any(sequence.num_tokens < len(text) for sequence, text in zip(watched.sequences, texts, strict=True)):
