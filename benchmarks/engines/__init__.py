@@ -30,8 +30,8 @@ ENGINES: Mapping[str, Engine] = {
     "kvshare-int8": Engine("kvshare_engine", "plain", {"weights": "int8"}),
     "kvshare-int4": Engine("kvshare_engine", "plain", {"weights": "int4"}),
     "transformers": Engine("transformers_engine", "plain"),
-    "llama.cpp": Engine("llama_cpp", "gguf", {"flash": "on"}),
-    "llama.cpp-fa0": Engine("llama_cpp", "gguf", {"flash": "off"}),
+    "llama.cpp": Engine("llama_cpp", "gguf", {"flash": "on"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    "llama.cpp-fa0": Engine("llama_cpp", "gguf", {"flash": "off"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
     "vllm-cpu": Engine("vllm_cpu", "plain", {"eager": True}, python="VLLM_PYTHON"),
     "vllm-cpu-compiled": Engine("vllm_cpu", "plain", {"eager": False}, python="VLLM_PYTHON"),
 }
