@@ -32,12 +32,17 @@ from kvshare.benchmark.machine import measure, processor_name
 from kvshare.cli.units import parse_tokens
 from kvshare.doctor.environment import environment
 
+EVERYTHING: list[Point] = [(512, 1), (4096, 1), (512, 8), (16_384, 1), (65_536, 1)]
+"""Contexts and batches where none are named."""
+
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     engines = options.engines or ["kvshare", *options.peers]
-    points = sorted({*_points(options.contexts, options.batches), *options.points}, key=lambda point: (point[0] * point[1], point))
+    points = sorted(
+        {*_points(options.contexts, options.batches), *options.points} or EVERYTHING, key=lambda point: (point[0] * point[1], point)
+    )
     begun, started = time.time(), time.strftime("%Y-%m-%d %H:%M:%S")
     model = prepare(options.shape, options.model, options.gguf, options.where)
     work = {name: Work(model.file_for(engine_named(name))) for name in engines}
@@ -114,7 +119,7 @@ def _options() -> argparse.Namespace:
         "--engines", type=_names, help=f"all engines; ratios are to the first; known: {', '.join(ENGINES)}, kvshare...+kv-NAME"
     )
     parser.add_argument("--gguf", metavar="TYPE", help="give engines that read GGUF the weights in these blocks: Q4_0, Q8_0, ...")
-    parser.add_argument("--contexts", type=_tokens, default=[512, 4096], help="512,4k,16k")
+    parser.add_argument("--contexts", type=_tokens, default=[], help="512,4k; without it and --points: 512 to 64k, and 512x8")
     parser.add_argument("--batches", type=_tokens, default=[1], help="sequences side by side: 1,8")
     parser.add_argument("--points", type=_extra, default=[], metavar="CONTEXTxBATCH", help="points besides: 512x8,4kx8")
     parser.add_argument("--decode", type=int, default=24, help="tokens decoded behind each prompt")
