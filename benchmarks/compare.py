@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,52 +40,46 @@ EVERYTHING: list[Point] = [(512, 1), (4096, 1), (512, 8), (16_384, 1), (65_536, 
 
 def main() -> None:
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `timeout` also ends the engine that runs
     torch.set_num_threads(options.threads)
     engines = options.engines or ["kvshare", *options.peers]
     points = sorted(
         {*_points(options.contexts, options.batches), *options.points} or EVERYTHING, key=lambda point: (point[0] * point[1], point)
     )
-    begun, started = time.time(), time.strftime("%Y-%m-%d %H:%M:%S")
     model = prepare(options.shape, options.model, options.gguf, options.where)
     work = {name: Work(model.file_for(engine_named(name))) for name in engines}
-    rows: list[dict[str, Any]] = []
-    for number in range(options.rounds):
-        order = engines if number % 2 == 0 else engines[::-1]
-        rows += run_round(number, order, model, work, points, {"decode": options.decode, "dtype": options.dtype}, options)
-    named = options.shape or options.model
-    document = {
+    named, begun = options.shape or options.model, time.time()
+    document: dict[str, Any] = {
         "model": f"{named}, {options.gguf}" if options.gguf else named,
         "engines": engines,
         "decode": options.decode,
         "dtype": options.dtype,
         "threads": options.threads,
         "limit_s": options.limit,
-        "started": started,
-        "seconds": time.time() - begun,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "machine": {**environment(), "processor": processor_name()},
-        "rows": rows,
+        "rows": [],
     }
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    for number in range(options.rounds):
+        for row in run_round(number, engines if number % 2 == 0 else engines[::-1], model, work, points, options):
+            document["rows"].append(row)
+            document["seconds"] = time.time() - begun
+            if options.json:  # what is there if somebody stops it
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(document, indent=1) + "\n")
     print(tables(document))
     if options.plot:
         save_plots(document, options.plot)
 
 
 def run_round(
-    number: int,
-    engines: Sequence[str],
-    model: Model,
-    work: Mapping[str, Work],
-    points: Sequence[Point],
-    settings: dict[str, Any],
-    options: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    """Every engine once over all points. A point that an engine did not finish in an earlier round would be tried again."""
-    console, machine, rows = Console(stderr=True, highlight=False), asdict(measure()), []
+    number: int, engines: Sequence[str], model: Model, work: Mapping[str, Work], points: Sequence[Point], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Every engine once over all points, each measurement as soon as it is there."""
+    console, machine = Console(stderr=True, highlight=False), asdict(measure())
     speeds = f"reads {machine['read_gb_s']:.1f} GB/s, multiplies {machine['gemm_gflop_s']:.0f} GFLOP/s"
     console.print(f"round {number + 1}: {speeds}, load {os.getloadavg()[0]:.2f}")
+    settings = {"decode": options.decode, "dtype": options.dtype}
     for name in engines:
         file, own = model.file_for(engine_named(name)), work[name]
         for row in run_engine(name, str(file), points, settings, options.threads, options.limit):
@@ -91,9 +87,8 @@ def run_round(
                 "step_bytes": own.step_bytes(row["context"] + options.decode // 2, row["batch"]),
                 "prompt_flops": own.prompt_flops(row["context"]),
             }
-            rows.append({"round": number, "engine": name, **machine, **needed, **row})
             console.print("  ", f"{name}, {row['context']:,} x {row['batch']}: {_said(row)}", markup=False, soft_wrap=True)
-    return rows
+            yield {"round": number, "engine": name, **machine, **needed, **row}
 
 
 def _said(row: Mapping[str, Any]) -> str:
