@@ -37,7 +37,11 @@ def takes(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:  # [..., width]
     """`norm` of `x`."""
-    return _heads(x if x.dim() == 3 else x.reshape(-1, 1, x.shape[-1]), norm, None, None, False).view(x.shape)
+    if x.dim() == 2:
+        return _heads(x, x.shape[0], 1, x.stride(0), 0, norm)
+    if x.dim() == 3:
+        return _heads(x, *x.shape[:2], *x.stride()[:2], norm)
+    return rms_norm(x.reshape(-1, x.shape[-1]), norm).view(x.shape)
 
 
 def rotate(
@@ -49,27 +53,19 @@ def rotate(
     norm: Norm | None = None,
 ) -> Tensor:  # [tokens, heads, width]
     """Heads, normed first if there is a norm, rotated by pairs: (i, i + pairs) of the first ones, interleaved (2i, 2i + 1) of the last."""
-    return _heads(x, norm, cos, sin, interleaved)
+    turns = cos.data_ptr(), sin.data_ptr(), cos.dtype != x.dtype, cos.shape[-1], interleaved
+    return _heads(x, *x.shape[:2], *x.stride()[:2], norm or _NO_NORM, turns)
 
 
-def _heads(x: Tensor, norm: Norm | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Tensor:
-    rows, heads, width = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype)
-    turns = (0, 0, False, 0) if cos is None or sin is None else (cos.data_ptr(), sin.data_ptr(), cos.dtype != x.dtype, cos.shape[-1])
-    row_stride, head_stride, _ = x.stride()
-    module().heads(
-        x.data_ptr(),
-        out.data_ptr(),
-        x.dtype == torch.bfloat16,
-        rows,
-        row_stride,
-        heads,
-        head_stride,
-        width,
-        norm or _NO_NORM,
-        *turns,
-        interleaved,
-    )
+_NO_TURN = (0, 0, False, 0, False)
+
+
+def _heads(
+    x: Tensor, rows: int, heads: int, row_stride: int, head_stride: int, norm: Norm, turns: tuple[int, int, bool, int, bool] = _NO_TURN
+) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    bf16, width = x.dtype == torch.bfloat16, x.shape[-1]
+    module().heads(x.data_ptr(), out.data_ptr(), bf16, rows, row_stride, heads, head_stride, width, norm, *turns)
     return out
 
 
@@ -87,21 +83,10 @@ def _sum(x: Tensor, y: Tensor, of_y: Norm | None, norm: Norm | None, scale: floa
     if x.shape != y.shape or x.dtype != y.dtype:
         raise ValueError(f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)} cannot be added")
     x, y = x.contiguous(), y.contiguous()
-    total = torch.empty(x.shape, dtype=x.dtype)
-    normed = total if norm is None else torch.empty(x.shape, dtype=x.dtype)
-    rows, width = x.shape
-    module().sum(
-        x.data_ptr(),
-        y.data_ptr(),
-        total.data_ptr(),
-        normed.data_ptr(),
-        x.dtype == torch.bfloat16,
-        rows,
-        width,
-        of_y or _NO_NORM,
-        norm or _NO_NORM,
-        scale,
-    )
+    total = torch.empty_like(x)
+    normed = total if norm is None else torch.empty_like(x)
+    addresses = x.data_ptr(), y.data_ptr(), total.data_ptr(), normed.data_ptr()
+    module().sum(*addresses, x.dtype == torch.bfloat16, *x.shape, of_y or _NO_NORM, norm or _NO_NORM, scale)
     return total, normed
 
 
@@ -112,11 +97,10 @@ def takes_gates(gate: Tensor, up: Tensor) -> bool:
 
 def gated(gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:  # [rows, width] each
     """activation(gate) * up, with GELU in its tanh form or SiLU."""
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    addresses = gate.data_ptr(), up.data_ptr(), out.data_ptr()
     rows, width = gate.shape
-    out = torch.empty(gate.shape, dtype=gate.dtype)
-    module().gate(
-        gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.dtype == torch.bfloat16, rows, gate.stride(0), up.stride(0), width, gelu
-    )
+    module().gate(*addresses, gate.dtype == torch.bfloat16, rows, gate.stride(0), up.stride(0), width, gelu)
     return out
 
 

@@ -60,7 +60,8 @@ class Attention(nn.Module):
         narrows = step.narrows(self.index)
         projected = self.qkv.part(x, self.q_size if narrows else 0, self.qkv.out_features)
         num_heads = (0 if narrows else self.num_heads, *(self.num_kv_heads,) * (self.num_projections - 1))
-        q, *kv = projected.view(x.shape[0], sum(num_heads), self.head_dim).split(num_heads, dim=1)  # [tokens, heads, head_dim] each
+        heads = projected.view(x.shape[0], sum(num_heads), self.head_dim)  # [tokens, heads, head_dim], as all of its parts
+        q, *kv = heads.split_with_sizes(num_heads, dim=1)
         rows = {"v": self.v_norm(kv[-1])}
         if "k" in self.stored:
             rows["k"] = rotation.half_split(kv[0], self.k_norm)

@@ -86,7 +86,8 @@ class Attention(nn.Module):
         narrows = step.narrows(self.index)
         projected = self.qkv.part(x, self.q_size if narrows else 0, self.qkv.out_features)
         num_heads = (0 if narrows else self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        q, k, v = projected.view(x.shape[0], sum(num_heads), self.head_dim).split(num_heads, dim=1)  # [tokens, heads, head_dim] each
+        heads = projected.view(x.shape[0], sum(num_heads), self.head_dim)  # [tokens, heads, head_dim], as all of its parts
+        q, k, v = heads.split_with_sizes(num_heads, dim=1)
         step.append(self.index, {"k": rotation.half_split(k, self.k_norm), "v": v})
         return None if narrows else q
 
