@@ -22,18 +22,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--plots", type=Path, metavar="DIRECTORY", help="also draw each file's speeds into an .svg there")
+    parser.add_argument("--first", metavar="ENGINE", help="take ratios to this engine instead of the first that was named")
     options = parser.parse_args()
     for file in options.files:
         document = json.loads(file.read_text())
-        print(tables(document), end="\n\n")
+        print(tables(document, options.first), end="\n\n")
         if options.plots:
             options.plots.mkdir(parents=True, exist_ok=True)
             save_plots(document, options.plots / f"{file.stem}.svg")
 
 
-def tables(document: Document) -> str:
+def tables(document: Document, first: str | None = None) -> str:
     """A headline and one Markdown table: medians, and ratios of the first engine to each other one within a round."""
-    first = document["engines"][0]
+    first = first or document["engines"][0]
     summaries = summarize(document["rows"], first)
     parts = [f"**{document['model']}**: {_conditions(document)}", ""]
     headings = [
