@@ -74,7 +74,7 @@ KVDtype = Annotated[
         show_default="as --dtype",
         rich_help_panel="Model",
         help=f"Precision of the cache: {KV_DTYPES}, or a .json file that kvshare tune wrote. Below 16 bits the cache takes less memory, "
-        "not less time: rows are decoded when they are read.",
+        "and less time to read where kernels are built.",
     ),
 ]
 
