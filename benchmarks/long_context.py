@@ -7,8 +7,8 @@ prefill a prompt of random tokens and to decode some; meanwhile /proc/PID/status
 memory cannot be given up by the system; the pages of mapped weights can, and are counted apart. The bar: at the peak no more anonymous
 memory above the base than the weights, the plan's peak of the cache at that chunk, and 300 MB.
 
-A step needs the more memory the longer the context before it is. So `--last N` computes only the first chunk and the last N tokens: the pages of those
-between are taken and written as a prefill does, but with zeros, which takes seconds where 128K tokens of prefill take many minutes.
+A step needs the more memory the longer the context before it is. So `--last N` computes only the first chunk and the last N tokens: the
+pages of those between are taken and written as a prefill does, but with zeros, in seconds where 128K tokens of prefill take many minutes.
 """
 
 from __future__ import annotations
