@@ -118,6 +118,7 @@ def test_attention_equals_torch(shape: str, dtype: torch.dtype, isa: str) -> Non
 ENCODED_BOUNDS = {  # with float32 queries, by codec, in AVX512: values are of size 1
     "int8": 1e-4,
     "rot8": 1e-4,
+    "rot9": 2e-3,  # its ninth bits meet 7 bits of queries and weights
     "fp8": 2.0**-6,  # queries and weights become bfloat16
     "int4": 0.03,  # queries and weights keep 8 bits
     "rot4": 0.03,
@@ -143,6 +144,19 @@ def test_attention_to_encoded_rows_equals_torch_on_decoded_ones(shape: str, code
 def test_keys_and_values_may_have_different_codecs(codecs: tuple[str, str], isa: str) -> None:
     case = Case((2, 3, 64, 96), [150, 33], torch.bfloat16, None, codecs)
     assert (case.run().double() - case.expected()).abs().max() < 0.03 + BOUNDS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("codec", ["int8", "rot9", "int4"])
+def test_queries_make_up_for_balanced_keys(codec: str, isa: str) -> None:
+    balance = 2.0 ** torch.randint(-3, 4, (2, 64), generator=torch.Generator().manual_seed(1))
+    case = Case((2, 3, 64, 64), [150, 33], torch.float32, None, (codec, codec))
+    kind = row_kind(codec_for(precision_named(codec), Stream("v", 2, 64)))
+    assert kind is not None
+    case.kernel = PagedAttention(case.arena, 2, (64, 64), (kind, kind), torch.float32, balance)
+    for each in case.rows:
+        each[0] = each[0] * balance
+    case.scale /= 8
+    assert (case.run().double() - case.expected()).abs().max() < (ENCODED_BOUNDS[codec] if isa == "avx512" else 4e-6)
 
 
 def test_scores_far_apart(isa: str) -> None:

@@ -17,7 +17,7 @@ from kvshare.layout.rows import precision_named
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
 
-CODECS = ("bf16", "fp32", "int8", "fp8", "int4", "rot8", "rot4", "rot3", "rot2")
+CODECS = ("bf16", "fp32", "int8", "fp8", "int4", "rot8", "rot9", "rot4", "rot3", "rot2")
 
 
 @pytest.fixture(params=ISAS)

@@ -40,14 +40,22 @@ class PagedAttention:
     depends on the sequence's own length alone: neither the batch nor the number of threads changes a bit of the result.
     """
 
-    def __init__(self, arena: Arena, kv_heads: int, widths: tuple[int, int], kinds: tuple[RowKind, RowKind], dtype: torch.dtype):
-        """`widths` and `kinds`: of keys and of values. `dtype`: of queries and output, bfloat16 or float32; of plain rows, too."""
+    def __init__(
+        self,
+        arena: Arena,
+        kv_heads: int,
+        widths: tuple[int, int],  # of keys and of values
+        kinds: tuple[RowKind, RowKind],
+        dtype: torch.dtype,  # of queries and output, bfloat16 or float32; of plain rows, too
+        balance: Tensor | None = None,  # [kv_heads, key width]: what keys were divided by before they were encoded
+    ):
         assert dtype in (torch.bfloat16, torch.float32)
         assert all(kind.takes(dtype) for kind in kinds)
         self.arena, self.kv_heads, self.dtype = arena, kv_heads, dtype
         self.key_width, self.value_width = widths
-        shapes = [stream_shape(arena, kv_heads, width, kind) for width, kind in zip(widths, kinds, strict=True)]
-        self._native = module().PagedAttention(arena.pages.data_ptr(), arena.page_bytes, *shapes, kv_heads, dtype == torch.bfloat16)
+        keys = stream_shape(arena, kv_heads, widths[0], kinds[0], balance)
+        values = stream_shape(arena, kv_heads, widths[1], kinds[1])
+        self._native = module().PagedAttention(arena.pages.data_ptr(), arena.page_bytes, keys, values, kv_heads, dtype == torch.bfloat16)
 
     def attend(
         self,

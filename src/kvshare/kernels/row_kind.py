@@ -12,7 +12,7 @@ from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
 from kvshare.cache.codecs.grouped import GroupedCodec
 from kvshare.cache.codecs.raw import RawCodec
-from kvshare.cache.codecs.rotated import RotatedCodec, RotatedScaledCodec, rotation
+from kvshare.cache.codecs.rotated import RotatedCodec, RotatedNineCodec, RotatedScaledCodec, rotation
 from kvshare.cache.codecs.scaled import ScaledCodec
 from kvshare.kernels.native import module
 
@@ -45,6 +45,8 @@ def row_kind(codec: Codec) -> RowKind | None:
         return RowKind("INT4")
     if isinstance(codec, RotatedScaledCodec):
         return RowKind("INT8", rotated=True)
+    if isinstance(codec, RotatedNineCodec):
+        return RowKind("INT9", rotated=True)
     return RowKind(f"LEVELS{codec.bits}", rotated=True) if isinstance(codec, RotatedCodec) else None
 
 
@@ -59,10 +61,12 @@ def decode_rows(encoded: Tensor, kind: RowKind, heads: int, width: int, dtype: t
     return out
 
 
-def stream_shape(arena: Arena, heads: int, width: int, kind: RowKind) -> Any:
-    """The native description of a stream's rows in an arena's pages."""
+def stream_shape(arena: Arena, heads: int, width: int, kind: RowKind, balance: Tensor | None = None) -> Any:
+    """The native description of a stream's rows in an arena's pages; `balance` [heads, width]: what keys were divided by first."""
     row_bytes = heads * module().head_bytes(kind.native, width)
-    return module().StreamShape(kind.native, width, row_bytes, arena.page_bytes // row_bytes, _rotation(width) if kind.rotated else None)
+    factors = [] if balance is None else balance.flatten().tolist()
+    turned = _rotation(width) if kind.rotated else None
+    return module().StreamShape(kind.native, width, row_bytes, arena.page_bytes // row_bytes, turned, factors)
 
 
 @cache

@@ -28,6 +28,15 @@ void score_rows(const uint8_t* q, int64_t query_bytes, int width, const uint8_t*
             ahead.ask(4);
             const uint8_t* at = q + chunk * Form::numbers;
             const int64_t low = Spelled::padded(width);
+            if constexpr (Kind == RowKind::INT9) {
+                __m512i ninths[4];
+                const int64_t from = offset + width + 2 * chunk;
+                each<4>([&](auto r) INLINE { ninths[r] = four_ninths(k[t + r] + from, k[t + 4 + r] + from, k[t + 8 + r] + from, k[t + 12 + r] + from); });
+                turn(ninths);
+                each<4>([&](auto j) INLINE {
+                    each<Heads>([&](auto h) INLINE { add_products(sums[0][h], ninths[j], at + h * query_bytes + 2 * low + 4 * j); });
+                });
+            }
             each<Form::fields>([&](auto field) INLINE {
                 each<4>([&](auto j) INLINE {
                     const __m512i four = codes.template bytes<field>(tile[j]);
@@ -150,6 +159,7 @@ inline void add_columns(const __m512* sums, int column, int width, float* out) {
 template <int Passes>
 struct Weights {
     alignas(32) uint8_t bytes[Passes][ATTEND_ROWS];  // the upper bytes, then the lower ones
+    alignas(32) uint8_t half[ATTEND_ROWS];           // half of the upper ones of 16 bits, which the ninth bits of INT9 meet
     float unit;
 
     void set(__m512 first, __m512 second) {
@@ -160,7 +170,10 @@ struct Weights {
         const __m512 both[2] = {first, second};
         for (int i = 0; i < 2; i++) {
             const __m512i w = _mm512_cvtps_epi32(_mm512_mul_ps(both[i], inverse));
-            if constexpr (Passes == 2) _mm_store_si128(reinterpret_cast<__m128i*>(bytes[0] + 16 * i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(w, 8)));
+            if constexpr (Passes == 2) {
+                _mm_store_si128(reinterpret_cast<__m128i*>(bytes[0] + 16 * i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(w, 8)));
+                _mm_store_si128(reinterpret_cast<__m128i*>(half + 16 * i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(256)), 9)));
+            }
             _mm_store_si128(reinterpret_cast<__m128i*>(bytes[Passes - 1] + 16 * i), _mm512_cvtepi32_epi8(w));
         }
     }
@@ -170,7 +183,7 @@ struct Weights {
 template <RowKind Kind, int Heads>
 void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& ahead, float* out) {
     using Form = Codes<Kind>;
-    constexpr int passes = Kind == RowKind::INT8 ? 2 : 1, fields = Form::fields;
+    constexpr int passes = bits_of(Kind) == 8 ? 2 : 1, fields = Form::fields;
     if constexpr (Heads * passes * fields > 16) {  // registers for the sums
         sum_rows<Kind, Heads / 2>(p, width, v, offset, count, ahead, out);
         sum_rows<Kind, Heads - Heads / 2>(p + Heads / 2 * ATTEND_ROWS, width, v, offset, count, ahead, out + int64_t(Heads / 2) * width);
@@ -190,6 +203,11 @@ void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset
             for (int t = 0; t < count; t += 4) {
                 const __m512i tile = column_tile<whole>(codes, order, v + t, offset + int64_t(chunk) * Form::step, mask);
                 ahead.ask(1);
+                if constexpr (Kind == RowKind::INT9) {
+                    const int64_t from = offset + width + 2 * chunk;
+                    const __m512i ninths = _mm512_permutexvar_epi8(order, four_ninths(v[t] + from, v[t + 1] + from, v[t + 2] + from, v[t + 3] + from));
+                    each<Heads>([&](auto h) INLINE { add_products(sums[0][h][0], broadcast(weights[h].half + t), ninths); });
+                }
                 __m512i four[fields];
                 each<fields>([&](auto f) INLINE { four[f] = codes.template bytes<f>(tile); });
                 each<Heads>([&](auto h) INLINE {
@@ -201,7 +219,7 @@ void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset
             }
             each<Heads>([&](auto h) INLINE {
                 __m512 numbers[fields];
-                const __m512 unit = _mm512_set1_ps(weights[h].unit / Form::levels_unit);
+                const __m512 unit = _mm512_set1_ps(weights[h].unit / Form::levels_unit * (Kind == RowKind::INT9 ? 2.0f : 1.0f));
                 each<fields>([&](auto f) INLINE {
                     __m512i sum = sums[0][h][f];
                     if constexpr (passes == 2) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), sums[1][h][f]);
@@ -347,6 +365,7 @@ using UpToEight = std::make_integer_sequence<int, HEADS_TOGETHER>;
 
 inline ScoreRows score_codes(RowKind kind, int heads) {
     switch (kind) {
+        case RowKind::INT9: return score_of<RowKind::INT9>(heads, UpToEight());
         case RowKind::INT4: return score_of<RowKind::INT4>(heads, UpToEight());
         case RowKind::FP8: return score_of<RowKind::FP8>(heads, UpToEight());
         case RowKind::LEVELS4: return score_of<RowKind::LEVELS4>(heads, UpToEight());
@@ -358,6 +377,7 @@ inline ScoreRows score_codes(RowKind kind, int heads) {
 
 inline SumRows sum_codes(RowKind kind, int heads) {
     switch (kind) {
+        case RowKind::INT9: return sum_of<RowKind::INT9>(heads, UpToEight());
         case RowKind::INT4: return sum_of<RowKind::INT4>(heads, UpToEight());
         case RowKind::FP8: return sum_of<RowKind::FP8>(heads, UpToEight());
         case RowKind::LEVELS4: return sum_of<RowKind::LEVELS4>(heads, UpToEight());

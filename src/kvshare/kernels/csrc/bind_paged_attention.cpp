@@ -22,6 +22,7 @@ void bind_paged_attention(nb::module_& m) {
         .value("BF16", RowKind::BF16)
         .value("FP32", RowKind::FP32)
         .value("INT8", RowKind::INT8)
+        .value("INT9", RowKind::INT9)
         .value("FP8", RowKind::FP8)
         .value("INT4", RowKind::INT4)
         .value("LEVELS4", RowKind::LEVELS4)
@@ -47,9 +48,9 @@ void bind_paged_attention(nb::module_& m) {
     nb::class_<Rotation>(m, "Rotation").def(nb::init<std::vector<float>, std::vector<float>>(), "signs"_a, "matrix"_a);
     nb::class_<StreamShape>(m, "StreamShape")
         .def("__init__",
-             [](StreamShape* self, RowKind kind, int width, int64_t row_bytes, int64_t rows_per_page, const Rotation* rotation) {
-                 new (self) StreamShape{kind, width, row_bytes, rows_per_page, rotation ? std::optional<Rotation>(*rotation) : std::nullopt};
-             }, "kind"_a, "width"_a, "row_bytes"_a, "rows_per_page"_a, "rotation"_a.none());
+             [](StreamShape* self, RowKind kind, int width, int64_t row_bytes, int64_t rows_per_page, const Rotation* rotation, std::vector<float> balance) {
+                 new (self) StreamShape{kind, width, row_bytes, rows_per_page, rotation ? std::optional<Rotation>(*rotation) : std::nullopt, std::move(balance)};
+             }, "kind"_a, "width"_a, "row_bytes"_a, "rows_per_page"_a, "rotation"_a.none(), "balance"_a);
     nb::class_<PagedAttention>(m, "PagedAttention")
         .def("__init__",
              [](PagedAttention* self, uintptr_t arena, int64_t page_bytes, const StreamShape& k, const StreamShape& v, int kv_heads, bool bf16) {

@@ -30,7 +30,7 @@ struct Codes {
         const int whole = step == 16 ? width / numbers : 0, all = (width + numbers - 1) / numbers;
         for (int chunk = 0; chunk < whole; chunk++) work(chunk, std::true_type(), __mmask16(0xffff));
         for (int chunk = whole; chunk < all; chunk++) {
-            const int64_t left = code_bytes(Kind, width) - int64_t(chunk) * step;
+            const int64_t left = (int64_t(width) * bits + 7) / 8 - int64_t(chunk) * step;
             work(chunk, std::false_type(), __mmask16((1 << (left < step ? left : step)) - 1));
         }
     }
@@ -56,7 +56,7 @@ struct Codes {
         table = _mm512_load_si512(bytes);
         spread = _mm512_load_si512(from);
         shift = _mm512_load_si512(by);
-        if constexpr (Kind == RowKind::INT8) table = is_signed ? _mm512_setzero_si512() : _mm512_set1_epi8(char(0x80));
+        if constexpr (bits == 8 && Kind != RowKind::FP8) table = is_signed ? _mm512_setzero_si512() : _mm512_set1_epi8(char(0x80));
     }
 
     __m512i prepare(__m512i pieces) const {  // before a tile is turned
@@ -70,7 +70,7 @@ struct Codes {
         if constexpr (Field > 0) codes = _mm512_srli_epi16(codes, Field * bits);
         if constexpr (bits < 8) codes = _mm512_and_si512(codes, _mm512_set1_epi8((1 << bits) - 1));
         if constexpr (has_levels) codes = _mm512_shuffle_epi8(table, codes);
-        if constexpr (Kind == RowKind::INT8) codes = _mm512_xor_si512(codes, table);
+        if constexpr (bits == 8 && Kind != RowKind::FP8) codes = _mm512_xor_si512(codes, table);
         return codes;
     }
 };
@@ -96,6 +96,18 @@ template <bool Whole, RowKind Kind>
 template <bool Whole, RowKind Kind>
 [[gnu::always_inline]] inline __m512i column_tile(const Codes<Kind>& codes, __m512i order, const uint8_t* const* rows, int64_t offset, __mmask16 mask) {
     return _mm512_permutexvar_epi8(order, codes.prepare(four_pieces<Whole>(rows[0] + offset, rows[1] + offset, rows[2] + offset, rows[3] + offset, mask)));
+}
+
+// Bytes that are 0 or 1, like pieces of 16 numbers: the ninth bits of INT9, of which there are two bytes at `offset`. What stands behind the last
+// number of a head is read as well, and meets zeros.
+[[gnu::always_inline]] inline __m512i four_ninths(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+    uint16_t bits[4];
+    memcpy(bits, a, 2);
+    memcpy(bits + 1, b, 2);
+    memcpy(bits + 2, c, 2);
+    memcpy(bits + 3, d, 2);
+    const uint64_t all = uint64_t(bits[0]) | uint64_t(bits[1]) << 16 | uint64_t(bits[2]) << 32 | uint64_t(bits[3]) << 48;
+    return _mm512_maskz_mov_epi8(__mmask64(all), _mm512_set1_epi8(1));
 }
 
 inline __m512i column_order() {

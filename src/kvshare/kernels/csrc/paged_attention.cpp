@@ -58,9 +58,11 @@ void PagedAttention::attend_rows(const Isa& isa, const Query& query, int64_t beg
     }
 }
 
-void PagedAttention::spell(const Isa& isa, const void* q, int64_t head, uint8_t* to) const {
+void PagedAttention::spell(const Isa& isa, const void* q, int64_t head, int64_t kv_head, uint8_t* to) const {
     float numbers[WIDEST];
     for (int i = 0; i < k_.width; i++) numbers[i] = number(q, bf16_, head * k_.width + i);
+    if (!k_.balance.empty())
+        for (int i = 0; i < k_.width; i++) numbers[i] *= k_.balance[size_t(kv_head * k_.width + i)];
     if (k_.rotation) k_.rotation->apply(numbers);  // keys stay as they are: rotating both keeps their products
     isa.spell(k_.kind, k_.width, numbers, to);
 }
@@ -114,7 +116,10 @@ void PagedAttention::attend(
 #pragma omp parallel num_threads(alone ? 1 : omp_get_max_threads())
     {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < heads; i++) spell(isa, q, queries[size_t(i / query_heads)].row * query_heads + i % query_heads, spelled + i * head_bytes);
+        for (int64_t i = 0; i < heads; i++) {
+            const int64_t head = i % query_heads;
+            spell(isa, q, queries[size_t(i / query_heads)].row * query_heads + head, head / (query_heads / kv_heads_), spelled + i * head_bytes);
+        }
         for (int64_t i = next++; i < int64_t(parts.size()); i = next++) {
             const Part& part = parts[size_t(i)];
             float* sums = partial + i * floats;

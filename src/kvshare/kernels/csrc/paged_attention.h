@@ -15,7 +15,8 @@ struct StreamShape {
     RowKind kind;
     int width;  // numbers a head
     int64_t row_bytes, rows_per_page;
-    std::optional<Rotation> rotation;  // what was done to the heads before they were stored
+    std::optional<Rotation> rotation;  // what was done to the heads before they were stored,
+    std::vector<float> balance;        // and before that: [kv_heads, width] that keys were divided by; empty: nothing
 };
 
 struct Query {
@@ -39,7 +40,7 @@ class PagedAttention {
   private:
     void attend_rows(const Isa& isa, const Query& query, int64_t begin, int64_t end, const AttendState& state) const;
     void find_rows(const StreamShape& stream, const int32_t* pages, int64_t first_page, int64_t from, int64_t end, const uint8_t** rows) const;
-    void spell(const Isa& isa, const void* q, int64_t head, uint8_t* to) const;  // head: of all rows of q
+    void spell(const Isa& isa, const void* q, int64_t head, int64_t kv_head, uint8_t* to) const;  // head: of all rows of q
     void finish(float* numbers, float factor, void* out, int64_t head) const;   // numbers [value width] are changed
 
     const uint8_t* arena_;

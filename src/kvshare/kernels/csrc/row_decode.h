@@ -43,6 +43,8 @@ void decode_one(const uint8_t* p, int width, To* to) {
         const float scale = half_to_float(end);
         if constexpr (Kind == RowKind::INT8)
             for (int i = 0; i < width; i++) put(float(int8_t(p[i])) * scale, to + i);
+        else if constexpr (Kind == RowKind::INT9)
+            for (int i = 0; i < width; i++) put(float(2 * int8_t(p[i]) + (p[width + i / 8] >> i % 8 & 1)) * scale, to + i);
         else if constexpr (Kind == RowKind::FP8)
             for (int i = 0; i < width; i++) put(fp8_to_float(p[i]) * scale, to + i);
         else {
@@ -65,6 +67,7 @@ void decode_heads_to(RowKind kind, int width, const uint8_t* const* heads, int c
         case RowKind::BF16: return all.template operator()<RowKind::BF16>();
         case RowKind::FP32: return all.template operator()<RowKind::FP32>();
         case RowKind::INT8: return all.template operator()<RowKind::INT8>();
+        case RowKind::INT9: return all.template operator()<RowKind::INT9>();
         case RowKind::FP8: return all.template operator()<RowKind::FP8>();
         case RowKind::INT4: return all.template operator()<RowKind::INT4>();
         case RowKind::LEVELS4: return all.template operator()<RowKind::LEVELS4>();

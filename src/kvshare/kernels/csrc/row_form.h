@@ -5,16 +5,17 @@
 namespace kvshare {
 
 // BF16 and FP32: plain numbers. INT8 and FP8: codes, then one float16 scale. INT4: codes, then a float16 scale for every 32, then as many minima.
-// LEVELS*: codes of 4, 3 or 2 bits that stand for the levels below, then one float16 scale. A head may begin at any address.
-enum class RowKind : int { BF16, FP32, INT8, FP8, INT4, LEVELS4, LEVELS3, LEVELS2 };
+// INT9: signed bytes of twice their value, then a bit each to be added, then the scale. LEVELS*: codes of 4, 3 or 2 bits that stand for the levels below, then one float16 scale. A head may begin at any address.
+enum class RowKind : int { BF16, FP32, INT8, INT9, FP8, INT4, LEVELS4, LEVELS3, LEVELS2 };
 
 constexpr int INT4_GROUP = 32;
 
-constexpr int bits_of(RowKind kind) {
+constexpr int bits_of(RowKind kind) {  // of a code; INT9: of its byte
     switch (kind) {
         case RowKind::FP32: return 32;
         case RowKind::BF16: return 16;
         case RowKind::INT8:
+        case RowKind::INT9:
         case RowKind::FP8: return 8;
         case RowKind::INT4:
         case RowKind::LEVELS4: return 4;
@@ -26,7 +27,7 @@ constexpr int bits_of(RowKind kind) {
 
 constexpr bool is_plain(RowKind kind) { return kind == RowKind::BF16 || kind == RowKind::FP32; }
 
-constexpr int64_t code_bytes(RowKind kind, int width) { return (int64_t(width) * bits_of(kind) + 7) / 8; }
+constexpr int64_t code_bytes(RowKind kind, int width) { return (int64_t(width) * bits_of(kind) + 7) / 8 + (kind == RowKind::INT9 ? (width + 7) / 8 : 0); }
 
 constexpr int groups_of(int width) { return (width + INT4_GROUP - 1) / INT4_GROUP; }
 
