@@ -40,7 +40,7 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:  # [..., width]
     if x.dim() == 2:
         return _heads(x, x.shape[0], 1, x.stride(0), 0, norm)
     if x.dim() == 3:
-        return _heads(x, *x.shape[:2], *x.stride()[:2], norm)
+        return _heads(x, x.shape[0], x.shape[1], x.stride(0), x.stride(1), norm)
     return rms_norm(x.reshape(-1, x.shape[-1]), norm).view(x.shape)
 
 
@@ -54,7 +54,7 @@ def rotate(
 ) -> Tensor:  # [tokens, heads, width]
     """Heads, normed first if there is a norm, rotated by pairs: (i, i + pairs) of the first ones, interleaved (2i, 2i + 1) of the last."""
     turns = cos.data_ptr(), sin.data_ptr(), cos.dtype != x.dtype, cos.shape[-1], interleaved
-    return _heads(x, *x.shape[:2], *x.stride()[:2], norm or _NO_NORM, turns)
+    return _heads(x, x.shape[0], x.shape[1], x.stride(0), x.stride(1), norm or _NO_NORM, turns)
 
 
 _NO_TURN = (0, 0, False, 0, False)
