@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvshare.errors import CapacityError
+from kvshare.huge_pages import empty_huge
 
 
 class Arena:
@@ -19,7 +20,12 @@ class Arena:
 
     def __init__(self, num_pages: int, page_bytes: int, device: torch.device | str = "cpu"):
         self.page_bytes = page_bytes
-        self.pages = torch.empty(num_pages, page_bytes, dtype=torch.uint8, device=device)  # untouched pages cost no memory
+        memory = (
+            empty_huge(num_pages * page_bytes)
+            if torch.device(device).type == "cpu"
+            else torch.empty(num_pages * page_bytes, dtype=torch.uint8, device=device)
+        )
+        self.pages = memory.view(num_pages, page_bytes)  # untouched pages cost no memory
         self._free = list(range(num_pages - 1, -1, -1))
         self._references = [0] * num_pages
         self.peak_pages = 0

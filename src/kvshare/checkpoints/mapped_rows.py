@@ -19,7 +19,7 @@ _RANDOM, _WILL_NEED = getattr(mmap, "MADV_RANDOM", None), getattr(mmap, "MADV_WI
 def expect_random_reads(table: Tensor) -> None:  # [entries, ...] contiguous
     """From now on fetch only the pages that are asked for."""
     if _RANDOM is not None:
-        _advise(table.data_ptr(), table.nbytes, _RANDOM)
+        advise(table.data_ptr(), table.nbytes, _RANDOM)
 
 
 def prefetch_rows(table: Tensor, rows: Tensor) -> None:  # [entries, ...] contiguous, [n]
@@ -28,10 +28,10 @@ def prefetch_rows(table: Tensor, rows: Tensor) -> None:  # [entries, ...] contig
         return
     start, row_bytes = table.data_ptr(), table.stride(0) * table.element_size()
     for row in rows.tolist():
-        _advise(start + row * row_bytes, row_bytes, _WILL_NEED)
+        advise(start + row * row_bytes, row_bytes, _WILL_NEED)
 
 
-def _advise(address: int, length: int, advice: int) -> None:
+def advise(address: int, length: int, advice: int) -> None:
     """Advice about the pages that hold these bytes. It is only advice: whether the kernel takes it is not looked at."""
     begin = address // mmap.PAGESIZE * mmap.PAGESIZE
     _madvise()(begin, address + length - begin, advice)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
@@ -16,6 +16,7 @@ from kvshare.checkpoints.checkpoint import Checkpoint
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.mapped_rows import expect_random_reads
 from kvshare.checkpoints.progress import Progress
+from kvshare.checkpoints.resident import ResidentMemory
 from kvshare.errors import CheckpointError
 from kvshare.kernels.quantized_weight import BLOCK_TYPES
 from kvshare.layers.embedding import Embedding
@@ -63,16 +64,21 @@ class Loadable(Protocol):
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress | None = None, keep_blocks: bool = False
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+    keep_blocks: bool = False,
+    resident: ResidentMemory | None = None,
 ) -> tuple[str, ...]:
     """Fill `model`, built on the meta device, from `checkpoint`: floating-point numbers become `dtype`, integers stay what they are.
 
     With `keep_blocks`, linear layers and embeddings that the checkpoint holds in quantized blocks keep them, and native kernels multiply
     with the blocks; without, all are widened to `dtype`.
-    Every shape is compared before any data is read. A tensor that is stored in the dtype it is wanted in stays a view of
-    the mapped file. Returns (and logs) the tensors of the file that nobody reads, but for the k and v of layers that
-    share another layer's cache, which are expected to lie there dead. Raises `CheckpointError` for tensors that are missing
-    or of another shape.
+    Every shape is compared before any data is read. A tensor that is stored in the dtype it is wanted in, and blocks, stay views of
+    the mapped file, unless `resident` holds copies of all but the `memory_mapped` ones. Returns (and logs) the tensors of the file
+    that nobody reads, but for the k and v of layers that share another layer's cache, which are expected to lie there dead. Raises
+    `CheckpointError` for tensors that are missing or of another shape.
     """
     sources = _matched_sources(model, checkpoint)
     wanted = model.state_dict(keep_vars=True)
@@ -86,6 +92,8 @@ def load_weights(
         if id(old) not in loaded:  # a tied tensor is loaded once and stays tied
             goal = old.dtype if not old.is_floating_point() else torch.float32 if name in keep_float32 else dtype
             value = _mapped(checkpoint, sources[name]) if name in mapped else _read(checkpoint, sources[name], goal)
+            if resident and name not in mapped and isinstance(value, Tensor):
+                value = resident.hold(value)
             is_parameter = isinstance(old, nn.Parameter)
             loaded[id(old)] = nn.Parameter(value, requires_grad=False) if is_parameter and isinstance(value, Tensor) else value
             done += old.nbytes
@@ -93,7 +101,7 @@ def load_weights(
                 progress(done, total)
         _assign(model, name, loaded[id(old)])
     for name in sorted(in_blocks):  # behind the rest: the layer takes its bias along
-        _make_block_layer(model, name, sources[name], checkpoint, dtype)
+        _make_block_layer(model, name, sources[name], checkpoint, dtype, resident)
         done += wanted[name].nbytes
         if progress:
             progress(done, total)
@@ -171,10 +179,14 @@ def _block_layers(model: nn.Module, sources: Mapping[str, Source], checkpoint: C
     return frozenset(names)
 
 
-def _make_block_layer(model: nn.Module, name: str, source: Source, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def _make_block_layer(
+    model: nn.Module, name: str, source: Source, checkpoint: Checkpoint, dtype: torch.dtype, resident: ResidentMemory | None
+) -> None:
     """Put a layer that multiplies with blocks in the place of the one whose weight is `name`."""
     path = name.removesuffix(".weight")
     parts = [checkpoint.packed(part) or checkpoint.get(part, torch.bfloat16).contiguous() for part in source.names]
+    if resident:
+        parts = [resident.hold(part) if isinstance(part, Tensor) else replace(part, blocks=resident.hold(part.blocks)) for part in parts]
     model.set_submodule(path, quantized_layer(model.get_submodule(path), parts, dtype))
 
 

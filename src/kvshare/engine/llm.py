@@ -17,6 +17,7 @@ from kvshare.checkpoints import open_checkpoint
 from kvshare.checkpoints.block_encoding import PRECISIONS
 from kvshare.checkpoints.progress import Progress, ignore, progress_bar, say
 from kvshare.checkpoints.quantized_weights import quantize
+from kvshare.checkpoints.resident import ResidentMemory, forget_pages
 from kvshare.checkpoints.weights import load_weights
 from kvshare.engine.engine import Engine
 from kvshare.engine.outputs import RequestOutput, Update
@@ -85,7 +86,8 @@ class LLM:
                     self.model, checkpoint, weights, cached=weight_cache, progress=report, notice=say if progress else ignore
                 )
         with bar("loading weights") as report:
-            load_weights(self.model, checkpoint, self.dtype, report, keep_blocks)
+            load_weights(self.model, checkpoint, self.dtype, report, keep_blocks, ResidentMemory())
+        forget_pages()
         self.tokenizer = checkpoint.tokenizer()
         self.generation_config: Mapping[str, Any] = checkpoint.generation_config
         self.arena, self.max_context = _make_arena(self.model.layout, precision, max_context, max_sequences, kv_memory, chunk)
