@@ -49,7 +49,7 @@ class LLM:
     `weight_cache`: whether weights quantized at load are kept in the user's cache and mapped from there, the next time at once.
     `kv_layout`: how Gemma 4's K = V layers are stored: "plain", "compact" or "v-only".
     `kv_dtype`: precision of the cache: a name ("bf16", "int8", "int4", ...), one by owner's layer (-1 for the others), or the path of a
-    JSON file that `kvshare tune` wrote; by default `dtype`'s own. Lossy rows are decoded when they are read: they save memory, not time.
+    JSON file that `kvshare tune` wrote; by default `dtype`'s own.
 
     Raises `CheckpointError`, `ConfigError` or `CapacityError` when the model cannot be loaded or held.
     """
