@@ -17,6 +17,7 @@ from kvshare.cache.tables import SequenceCache
 from kvshare.cache.tiled_attention import TiledAttention
 from kvshare.kernels.new_rows import NewRows
 from kvshare.kernels.paged_attention import Query
+from kvshare.kernels.row_kind import RowEncoder, row_encoder
 from kvshare.layout import CacheLayout, PrecisionChoice, Stream
 
 _STATE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32}
@@ -29,12 +30,14 @@ class PagedCache:
         """`balance` is the model's `key_balance()`."""
         self.layout = layout
         self.codecs: dict[tuple[int, str], Codec] = {}  # by owner and stream
+        self.encoders: dict[tuple[int, str], RowEncoder | None] = {}  # what does a codec's work natively
         self.row_bytes: dict[tuple[int, str], int] = {}
         self.tables: dict[tuple[int, str], tuple[int, int, int]] = {}  # which of a sequence's tables, rows of a page, bytes of a row
         for owner in layout.owners:
             form = layout.precision_of(owner, precision)
             for stream in layout.layers[owner].streams:
                 self.codecs[owner, stream.name] = codec_for(form, stream, (balance or {}).get(owner))
+                self.encoders[owner, stream.name] = row_encoder(self.codecs[owner, stream.name], stream.heads, stream.width)
                 self.row_bytes[owner, stream.name] = stream.row_bytes(form)
                 self.tables[owner, stream.name] = len(self.tables), layout.rows_per_page(owner, stream, precision), stream.row_bytes(form)
         found = {owner: keys_and_values(layout.layers[owner]) for owner in layout.owners}
@@ -48,6 +51,13 @@ class PagedCache:
             for state in layer.states:
                 self.state_places[index, state.name] = _places(start, start + state.num_bytes, layout.page_bytes(precision))
                 start += state.num_bytes
+
+    def encoded(self, layer: int, stream: Stream, values: Tensor) -> Tensor:  # [rows, heads, width] -> uint8 [rows, row_bytes]
+        """New rows of an owner's stream as its codec spells them."""
+        encoder = self.encoders[layer, stream.name]
+        if encoder is None or not values.is_cpu or values.dtype not in (torch.bfloat16, torch.float32):
+            return self.codecs[layer, stream.name].encode(values)
+        return encoder.encode(values)
 
 
 def _places(start: int, end: int, page_bytes: int) -> list[tuple[int, int, int]]:
@@ -142,10 +152,10 @@ class PagedStep(Step):
         else:
             codec = self.cache.codecs[layer, stream.name]
             as_it_is = isinstance(codec, RawCodec) and codec.dtype == values.dtype and values.stride()[1:] == (stream.width, 1)
-            self._new_rows.write(*self.cache.tables[layer, stream.name], values if as_it_is else codec.encode(values))
+            self._new_rows.write(*self.cache.tables[layer, stream.name], values if as_it_is else self.cache.encoded(layer, stream, values))
 
     def _write(self, layer: int, stream: Stream, sequence: int, first: int, values: Tensor) -> None:
-        encoded = self.cache.codecs[layer, stream.name].encode(values)  # [rows, row_bytes]
+        encoded = self.cache.encoded(layer, stream, values)
         table = self.caches[sequence].tables[layer, stream.name]
         pages = self.caches[sequence].arena.rows(encoded.shape[1])
         done = 0

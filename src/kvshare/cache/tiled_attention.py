@@ -9,6 +9,7 @@ from torch import Tensor
 from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
+from kvshare.cache.codecs.balanced import BalancedCodec
 from kvshare.cache.tables import PageTable
 from kvshare.kernels.paged_attention import WIDEST
 from kvshare.kernels.row_kind import row_kind
@@ -62,15 +63,18 @@ class TiledAttention:
         kinds = attended_kinds(self.layout.layers[owner])
         if not kinds or not kernels.available() or arena.pages.device.type != "cpu":
             return None
-        bound = []
+        bound, balance = [], None
         for k, v in kinds:
-            of_keys, of_values = (row_kind(self.codecs[owner, stream.name]) for stream in (k, v))
+            codec = self.codecs[owner, k.name]
+            if isinstance(codec, BalancedCodec):
+                codec, balance = codec.codec, codec.balance
+            of_keys, of_values = row_kind(codec), row_kind(self.codecs[owner, v.name])
             if of_keys is None or of_values is None or max(k.width, v.width) > WIDEST:
                 return None
             bound.append((k, of_keys, v, of_values))
         if len({(of_keys.rotated, of_values.rotated) for _, of_keys, _, of_values in bound}) > 1:
             return None
-        return TiledRows(owner, kinds, TileAttention(arena, bound))
+        return TiledRows(owner, kinds, TileAttention(arena, bound, balance))
 
 
 def attended_kinds(layer: LayerCache) -> list[tuple[Stream, Stream]]:

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
+from kvshare.cache.codecs.balanced import BalancedCodec
 from kvshare.cache.codecs.grouped import GroupedCodec
 from kvshare.cache.codecs.raw import RawCodec
 from kvshare.cache.codecs.rotated import RotatedCodec, RotatedNineCodec, RotatedScaledCodec, rotation
 from kvshare.cache.codecs.scaled import ScaledCodec
-from kvshare.kernels.native import module
+from kvshare.kernels.native import available, module
+
+WIDEST_HEAD = 2048  # numbers that the kernels encode
 
 
 class RowKind(NamedTuple):
@@ -61,12 +64,44 @@ def decode_rows(encoded: Tensor, kind: RowKind, heads: int, width: int, dtype: t
     return out
 
 
+class RowEncoder:
+    """A codec's `encode` in one native call. Its twin is the codec.
+
+    Without a rotation the bytes are the codec's own. A rotation adds in another order: a code may differ by one where its number lies
+    within some 2^-20 of the head's largest from a border, and a scale by a unit in its last place.
+    """
+
+    def __init__(self, kind: RowKind, heads: int, width: int, balance: Tensor | None = None):  # balance [heads, width]
+        self.heads, self.width, self.row_bytes = heads, width, heads * module().head_bytes(kind.native, width)
+        self._shape = _shape(kind, width, self.row_bytes, 1, balance)
+
+    def encode(self, values: Tensor) -> Tensor:  # bfloat16 or float32 [rows, heads, width] -> uint8 [rows, row_bytes]
+        assert values.shape[1:] == (self.heads, self.width)
+        values = values if values.stride(2) == 1 else values.contiguous()
+        out = torch.empty(len(values), self.row_bytes, dtype=torch.uint8)
+        strides = values.stride(0), values.stride(1), len(values), self.heads
+        module().encode_rows(self._shape, values.data_ptr(), values.dtype == torch.bfloat16, *strides, out.data_ptr())
+        return out
+
+
+def row_encoder(codec: Codec, heads: int, width: int) -> RowEncoder | None:
+    """What encodes for `codec` natively; None where nothing does, or where rows are only cast."""
+    balance = codec.balance if isinstance(codec, BalancedCodec) else None
+    kind = row_kind(codec.codec if isinstance(codec, BalancedCodec) else codec)
+    if kind is None or kind in _RAW.values() or not available() or width > WIDEST_HEAD:
+        return None
+    return RowEncoder(kind, heads, width, balance)
+
+
 def stream_shape(arena: Arena, heads: int, width: int, kind: RowKind, balance: Tensor | None = None) -> Any:
     """The native description of a stream's rows in an arena's pages; `balance` [heads, width]: what keys were divided by first."""
     row_bytes = heads * module().head_bytes(kind.native, width)
+    return _shape(kind, width, row_bytes, arena.page_bytes // row_bytes, balance)
+
+
+def _shape(kind: RowKind, width: int, row_bytes: int, rows_per_page: int, balance: Tensor | None) -> Any:
     factors = [] if balance is None else balance.flatten().tolist()
-    turned = _rotation(width) if kind.rotated else None
-    return module().StreamShape(kind.native, width, row_bytes, arena.page_bytes // row_bytes, turned, factors)
+    return module().StreamShape(kind.native, width, row_bytes, rows_per_page, _rotation(width) if kind.rotated else None, factors)
 
 
 @cache

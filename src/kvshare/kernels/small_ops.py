@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvshare.kernels.native import available, module
+from kvshare.kernels.native import available, isa, module
 
+_FEW_ROWS = 16
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -91,7 +92,9 @@ def _sum(x: Tensor, y: Tensor, of_y: Norm | None, norm: Norm | None, scale: floa
 
 
 def takes_gates(gate: Tensor, up: Tensor) -> bool:
-    """Whether `gated` takes these: `takes`, and two matrices of one type."""
+    """Whether `gated` takes these: `takes`, two matrices of one type, and not many rows where torch's exponential is the faster one."""
+    if gate.shape[0] > _FEW_ROWS and isa() != "avx512":
+        return False
     return takes(gate) and gate.dim() == 2 and gate.dtype == up.dtype and gate.shape == up.shape and up.stride(-1) == 1
 
 

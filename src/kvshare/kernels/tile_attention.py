@@ -44,9 +44,17 @@ class TileAttention:
     queries that its rows are shared among threads; neither the batch nor the number of threads changes a bit.
     """
 
-    def __init__(self, arena: Arena, kinds: Sequence[tuple[Stream, RowKind, Stream, RowKind]]):
-        """`kinds`: keys and how they are encoded, values and how they are. Heads, widths (even) and rotation are the same in all."""
-        self.arena = arena
+    def __init__(
+        self,
+        arena: Arena,
+        kinds: Sequence[tuple[Stream, RowKind, Stream, RowKind]],
+        balance: Tensor | None = None,  # [kv_heads, key_width], powers of two
+    ):
+        """`kinds`: keys and how they are encoded, values and how they are. Heads, widths (even) and rotation are the same in all.
+
+        `balance` is what keys were divided by before they were encoded: queries are multiplied by it.
+        """
+        self.arena, self.balance = arena, balance
         k, _, v, _ = kinds[0]
         self.kv_heads, self.key_width, self.value_width = k.heads, k.width, v.width
         streams = []
@@ -74,6 +82,8 @@ class TileAttention:
         assert out.shape[2] == self.value_width
         assert out.is_contiguous()
         assert positions.is_contiguous()
+        if self.balance is not None:
+            q = (q.unflatten(1, (self.kv_heads, -1)) * self.balance[:, None]).flatten(1, 2)
         q = q.contiguous()
         sinks = None if sinks is None else sinks.float().contiguous()
         places = [(start, count, [_addresses(*each) for each in rows]) for start, count, rows in spans]

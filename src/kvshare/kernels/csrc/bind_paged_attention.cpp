@@ -3,6 +3,11 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "kernels.h"
@@ -15,6 +20,28 @@ using namespace kvshare;
 template <typename T>
 static T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+static constexpr int64_t PARALLEL_HEADS = 64;  // from so many on, threads share them
+
+// One head of a row: what is stored is the head over its balance, rotated.
+static void encode(const Isa& isa, const StreamShape& shape, int64_t head, const void* from, bool bf16, uint8_t* to) {
+    float x[WIDEST_HEAD], unit = 1;
+    for (int i = 0; i < shape.width; i++) {
+        const uint32_t bits = bf16 ? uint32_t(static_cast<const uint16_t*>(from)[i]) << 16 : 0;
+        if (bf16) memcpy(x + i, &bits, 4);
+        else x[i] = static_cast<const float*>(from)[i];
+    }
+    if (!shape.balance.empty())
+        for (int i = 0; i < shape.width; i++) x[i] /= shape.balance[size_t(head * shape.width + i)];
+    if (is_leveled(shape.kind)) {  // squares of what is divided by its largest number neither overflow nor vanish
+        float largest = 0;
+        for (int i = 0; i < shape.width; i++) largest = std::max(largest, std::fabs(x[i]));
+        if (largest > 0) unit = largest;
+        for (int i = 0; i < shape.width; i++) x[i] /= unit;
+    }
+    if (shape.rotation) shape.rotation->apply(x);
+    isa.encode_head(shape.kind, shape.width, x, unit, to);
 }
 
 void bind_paged_attention(nb::module_& m) {
@@ -51,6 +78,21 @@ void bind_paged_attention(nb::module_& m) {
              [](StreamShape* self, RowKind kind, int width, int64_t row_bytes, int64_t rows_per_page, const Rotation* rotation, std::vector<float> balance) {
                  new (self) StreamShape{kind, width, row_bytes, rows_per_page, rotation ? std::optional<Rotation>(*rotation) : std::nullopt, std::move(balance)};
              }, "kind"_a, "width"_a, "row_bytes"_a, "rows_per_page"_a, "rotation"_a.none(), "balance"_a);
+    // [count, heads] heads of numbers, bfloat16 or float32, strides in numbers, as the bytes of rows to[count, row_bytes]
+    m.def("encode_rows",
+          [](const StreamShape& shape, uintptr_t values, bool bf16, int64_t row_stride, int64_t head_stride, int64_t count, int heads, uintptr_t to) {
+              if (shape.width > WIDEST_HEAD) throw std::invalid_argument("heads of " + std::to_string(shape.width) + " numbers");
+              nb::gil_scoped_release released;
+              const Isa& isa = active_isa();
+              const int64_t bytes = head_bytes(shape.kind, shape.width);
+#pragma omp parallel for schedule(static) if (count * heads >= PARALLEL_HEADS)
+              for (int64_t i = 0; i < count * heads; i++) {
+                  const int64_t at = i / heads * row_stride + i % heads * head_stride;
+                  const void* from = bf16 ? static_cast<const void*>(::at<const uint16_t>(values) + at) : ::at<const float>(values) + at;
+                  encode(isa, shape, i % heads, from, bf16, ::at<uint8_t>(to) + i * bytes);
+              }
+          });
+
     nb::class_<PagedAttention>(m, "PagedAttention")
         .def("__init__",
              [](PagedAttention* self, uintptr_t arena, int64_t page_bytes, const StreamShape& k, const StreamShape& v, int kv_heads, bool bf16) {

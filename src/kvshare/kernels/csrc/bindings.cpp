@@ -26,6 +26,7 @@ static T* at(uintptr_t address) {
 }
 
 NB_MODULE(_kernels, m) {
+    nb::set_leak_warnings(false);  // a model that a script still holds when it ends is no leak
     nb::enum_<BlockType>(m, "BlockType")
         .value("BF16", BlockType::BF16)
         .value("Q4_0", BlockType::Q4_0)

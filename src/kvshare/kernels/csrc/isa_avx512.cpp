@@ -20,6 +20,7 @@ namespace avx512 {
 #include "blocks_avx512.h"
 #include "decode_avx512.h"
 #include "row_decode.h"
+#include "row_encode.h"
 #include "attention.h"
 #include "codes_avx512.h"
 #include "query_avx512.h"
@@ -31,5 +32,5 @@ namespace avx512 {
 #include "tile_kernel.h"
 #include "small_ops.h"
 }  // namespace avx512
-const Isa isa_avx512 = {"avx512", avx512::round_avx512, avx512::multiply_avx512, avx512::multiply_bf16_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::spell_avx512, avx512::attend_avx512, avx512::tile_kernel, avx512::encode_row, avx512::small_ops};
+const Isa isa_avx512 = {"avx512", avx512::round_avx512, avx512::multiply_avx512, avx512::multiply_bf16_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::encode_head, avx512::spell_avx512, avx512::attend_avx512, avx512::tile_kernel, avx512::encode_row, avx512::small_ops};
 }  // namespace kvshare

@@ -9,10 +9,11 @@ namespace plain {
 #include "encode_blocks.h"
 #include "product.h"
 #include "row_decode.h"
+#include "row_encode.h"
 #include "attention.h"
 #include "lanes_plain.h"
 #include "tile_kernel.h"
 #include "small_ops.h"
 }  // namespace plain
-const Isa isa_plain = {"plain", plain::round_row, plain::multiply_rows, plain::multiply_bf16, plain::decode_rows, plain::decode_heads, plain::spell_plain, plain::attend_plain, plain::tile_kernel, plain::encode_row, plain::small_ops};
+const Isa isa_plain = {"plain", plain::round_row, plain::multiply_rows, plain::multiply_bf16, plain::decode_rows, plain::decode_heads, plain::encode_head, plain::spell_plain, plain::attend_plain, plain::tile_kernel, plain::encode_row, plain::small_ops};
 }  // namespace kvshare

@@ -81,6 +81,8 @@ struct Isa {
     void (*decode)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, void* to, bool bf16);
     // Heads of cached rows as numbers: to[r * stride + i] is number i < width of the head at heads[r], bfloat16 or float32; rotated ones stay rotated.
     void (*decode_heads)(RowKind kind, int width, const uint8_t* const* heads, int count, void* to, int64_t stride, bool bf16);
+    // One head, rotated and balanced already, as the bytes of a row; kinds with levels are given it divided by `unit`, its largest number.
+    void (*encode_head)(RowKind kind, int width, const float* x, float unit, uint8_t* to);
     // One head of a query as this set wants it for keys of some kind: to[query_bytes(width)], which begins at a multiple of 64.
     void (*spell)(RowKind keys, int width, const float* q, uint8_t* to);
     void (*attend)(const AttendRows& rows, const AttendState& state);

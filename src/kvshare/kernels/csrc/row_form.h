@@ -9,6 +9,7 @@ namespace kvshare {
 enum class RowKind : int { BF16, FP32, INT8, INT9, FP8, INT4, LEVELS4, LEVELS3, LEVELS2 };
 
 constexpr int INT4_GROUP = 32;
+constexpr int WIDEST_HEAD = 2048;  // numbers
 
 constexpr int bits_of(RowKind kind) {  // of a code; INT9: of its byte
     switch (kind) {
@@ -26,6 +27,8 @@ constexpr int bits_of(RowKind kind) {  // of a code; INT9: of its byte
 }
 
 constexpr bool is_plain(RowKind kind) { return kind == RowKind::BF16 || kind == RowKind::FP32; }
+
+constexpr bool is_leveled(RowKind kind) { return kind == RowKind::LEVELS4 || kind == RowKind::LEVELS3 || kind == RowKind::LEVELS2; }
 
 constexpr int64_t code_bytes(RowKind kind, int width) { return (int64_t(width) * bits_of(kind) + 7) / 8 + (kind == RowKind::INT9 ? (width + 7) / 8 : 0); }
 
