@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import codec_for
 from kvshare.cache.tables import PageTable
-from kvshare.kernels.native import ISAS
 from kvshare.kernels.paged_attention import PagedAttention, Query
 from kvshare.kernels.row_kind import row_kind
 from kvshare.layers.attention import attention
@@ -31,14 +29,6 @@ SHAPES = {  # kv heads, query heads of each, key width, value width
     "many heads, other values": (1, 20, 96, 64),
     "odd widths": (1, 5, 72, 40),
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use_isa(request.param) as has:
-        if not has:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
 
 
 class Case:

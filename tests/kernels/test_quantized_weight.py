@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +9,6 @@ from torch import Tensor
 from kvshare import kernels
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.gguf_header import BLOCK_TYPES
-from kvshare.kernels.native import ISAS
 from kvshare.kernels.quantized_weight import BLOCK_TYPES as NAMES
 from kvshare.kernels.quantized_weight import LARGEST_Q, ROWS_IN_BLOCKS, SMALLEST, QuantizedWeight, reference_matmul, round_activations
 from kvshare.layers.linear import Linear
@@ -23,14 +20,6 @@ TYPES = {block.name: block for block in BLOCK_TYPES.values()}
 SCALES_AT = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 TOLERANCE = 2.0**-20  # of the sum of |x| |w|
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17)  # rows of activations: kernels take up to eight at a time
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use_isa(request.param) as has:
-        if not has:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
 
 
 def packed(name: str, rows: int, width: int, seed: int = 0) -> PackedBlocks:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from kvshare import kernels
 from kvshare.cache.codecs import Codec, codec_for
-from kvshare.kernels.native import ISAS
 from kvshare.kernels.row_kind import row_encoder
 from kvshare.layout import Stream
 from kvshare.layout.rows import precision_named
@@ -19,14 +16,6 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kern
 
 PLAIN, ROTATED = ("int8", "fp8", "int4"), ("rot8", "rot9", "rot4", "rot3", "rot2")
 SHAPES = [(1, 512), (3, 64), (2, 96), (1, 40), (5, 7)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use_isa(request.param) as has:
-        if not has:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
 
 
 def given(heads: int, width: int, dtype: torch.dtype) -> Tensor:  # -> [rows, heads, width]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from kvshare import kernels
 from kvshare.cache.codecs import codec_for
 from kvshare.cache.codecs.rotated import _rotate
-from kvshare.kernels.native import ISAS
 from kvshare.kernels.row_kind import decode_rows, row_kind
 from kvshare.layout import Stream
 from kvshare.layout.rows import precision_named
@@ -18,14 +15,6 @@ from kvshare.layout.rows import precision_named
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
 
 CODECS = ("bf16", "fp32", "int8", "fp8", "int4", "rot8", "rot9", "rot4", "rot3", "rot2")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use_isa(request.param) as has:
-        if not has:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kvshare import kernels
 from kvshare.kernels import small_ops
-from kvshare.kernels.native import ISAS
 from kvshare.layers.activations import GatedActivation, geglu, swiglu
 from kvshare.layers.norm import RMSNorm, add_normed, add_then_norm
 from kvshare.layers.rotary import Frequencies, Rotation
@@ -22,14 +21,6 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kern
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTHS = [2, 7, 64, 250, 576, 2049]
 BOUNDS = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7}  # of the numbers that went in; bfloat16: a unit in the last place
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use_isa(request.param) as has:
-        if not has:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

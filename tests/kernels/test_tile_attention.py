@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +14,6 @@ from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import codec_for
 from kvshare.cache.tables import PageTable
-from kvshare.kernels.native import ISAS
 from kvshare.kernels.row_kind import row_kind
 from kvshare.kernels.tile_attention import Rows, TileAttention, TileSpan
 from kvshare.layers.attention import attention
@@ -24,14 +23,6 @@ from kvshare.layout.precision import precision_named
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
 
 BOUND = 2.0**-6  # values are of size 1; bfloat16 weights and results have 8 bits
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use_isa(request.param) as has:
-        if not has:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
 
 
 class Kind(NamedTuple):

@@ -17,7 +17,7 @@ from kvshare.layers.quantized_embedding import QuantizedEmbedding
 class QuantizedLinear(nn.Module):
     """Stands in for `Linear`: y = x Wᵀ (+ b), with the projections that lie behind one another each in its own format.
 
-    The blocks are no parameters: they stay views of the mapped file, and no gradient reaches them.
+    The blocks are no parameters, and no gradient reaches them.
     """
 
     def __init__(self, parts: Sequence[PackedBlocks | Tensor], bias: Tensor | None = None):  # bias [out_features]

@@ -10,17 +10,13 @@
 #include <string>
 #include <tuple>
 
+#include "address.h"
 #include "kernels.h"
 #include "paged_attention.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace kvshare;
-
-template <typename T>
-static T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 static constexpr int64_t PARALLEL_HEADS = 64;  // from so many on, threads share them
 
@@ -87,9 +83,9 @@ void bind_paged_attention(nb::module_& m) {
               const int64_t bytes = head_bytes(shape.kind, shape.width);
 #pragma omp parallel for schedule(static) if (count * heads >= PARALLEL_HEADS)
               for (int64_t i = 0; i < count * heads; i++) {
-                  const int64_t at = i / heads * row_stride + i % heads * head_stride;
-                  const void* from = bf16 ? static_cast<const void*>(::at<const uint16_t>(values) + at) : ::at<const float>(values) + at;
-                  encode(isa, shape, i % heads, from, bf16, ::at<uint8_t>(to) + i * bytes);
+                  const int64_t place = i / heads * row_stride + i % heads * head_stride;
+                  const void* from = bf16 ? static_cast<const void*>(at<const uint16_t>(values) + place) : at<const float>(values) + place;
+                  encode(isa, shape, i % heads, from, bf16, at<uint8_t>(to) + i * bytes);
               }
           });
 

@@ -3,16 +3,12 @@
 
 #include <tuple>
 
+#include "address.h"
 #include "small_ops_calls.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace kvshare;
-
-template <typename T>
-static T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 using NormArguments = std::tuple<uintptr_t, bool, float, float>;  // weight or 0, whether that is bfloat16, offset, eps or -1
 

@@ -5,16 +5,12 @@
 
 #include <tuple>
 
+#include "address.h"
 #include "tile_attention.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace kvshare;
-
-template <typename T>
-static T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 using Stream = std::tuple<StreamShape, StreamShape, bool, int64_t, int64_t>;              // keys, values, same, tokens a row, window
 using Rows = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t>;               // pages and first page of keys and of values, chosen rows

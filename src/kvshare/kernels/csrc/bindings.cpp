@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "address.h"
 #include "kernels.h"
 #include "quantized_weight.h"
 
@@ -19,11 +20,6 @@ void bind_blocks(nb::module_& m);
 void bind_paged_attention(nb::module_& m);
 void bind_tile_attention(nb::module_& m);
 void bind_small_ops(nb::module_& m);
-
-template <typename T>
-static T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 NB_MODULE(_kernels, m) {
     nb::set_leak_warnings(false);  // a model that a script still holds when it ends is no leak
