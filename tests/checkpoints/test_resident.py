@@ -31,7 +31,9 @@ def test_small_tensors_and_strided_ones_stay_where_they_are() -> None:
 
 def test_nothing_is_copied_where_memory_is_short() -> None:
     tensor = torch.ones(LEAST_BYTES)
-    assert ResidentMemory(left_free=1.0).hold(tensor) is tensor
+    memory = ResidentMemory(left_free=1.0)
+    assert memory.hold(tensor) is tensor
+    assert memory.refused_bytes == tensor.nbytes
 
 
 def test_large_memory_begins_at_a_huge_page_and_is_as_long_as_asked() -> None:

@@ -9,9 +9,8 @@ import torch
 from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
-from kvshare.cache.codecs.balanced import BalancedCodec
-from kvshare.kernels.paged_attention import WIDEST, PagedAttention
-from kvshare.kernels.row_kind import row_kind
+from kvshare.kernels.paged_attention import PagedAttention
+from kvshare.kernels.row_kind import WIDEST, kind_and_balance, row_kind
 from kvshare.layout import CacheLayout, LayerCache, Stream
 
 
@@ -35,10 +34,7 @@ class NativeAttention:
         if streams is None or not kernels.available() or arena.pages.device.type != "cpu":
             return None
         k, v = streams
-        of_keys, balance = self.codecs[owner, k.name], None
-        if isinstance(of_keys, BalancedCodec):
-            of_keys, balance = of_keys.codec, of_keys.balance
-        keys, values = row_kind(of_keys), row_kind(self.codecs[owner, v.name])
+        (keys, balance), values = kind_and_balance(self.codecs[owner, k.name]), row_kind(self.codecs[owner, v.name])
         if keys is None or values is None or not (keys.takes(dtype) and values.takes(dtype)) or max(k.width, v.width) > WIDEST:
             return None
         return PagedAttention(arena, k.heads, (k.width, v.width), (keys, values), dtype, balance)

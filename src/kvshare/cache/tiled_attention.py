@@ -9,10 +9,8 @@ from torch import Tensor
 from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
-from kvshare.cache.codecs.balanced import BalancedCodec
 from kvshare.cache.tables import PageTable
-from kvshare.kernels.paged_attention import WIDEST
-from kvshare.kernels.row_kind import row_kind
+from kvshare.kernels.row_kind import WIDEST, kind_and_balance, row_kind
 from kvshare.kernels.tile_attention import Rows, TileAttention, TileSpan
 from kvshare.layout import CacheLayout, LayerCache, Stream
 
@@ -65,10 +63,7 @@ class TiledAttention:
             return None
         bound, balance = [], None
         for k, v in kinds:
-            codec = self.codecs[owner, k.name]
-            if isinstance(codec, BalancedCodec):
-                codec, balance = codec.codec, codec.balance
-            of_keys, of_values = row_kind(codec), row_kind(self.codecs[owner, v.name])
+            (of_keys, balance), of_values = kind_and_balance(self.codecs[owner, k.name]), row_kind(self.codecs[owner, v.name])
             if of_keys is None or of_values is None or max(k.width, v.width) > WIDEST:
                 return None
             bound.append((k, of_keys, v, of_values))

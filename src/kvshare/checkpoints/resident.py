@@ -22,10 +22,13 @@ _BLOCK_BYTES = 128 << 20  # that are taken from the system at once
 
 
 class ResidentMemory:
-    """Copies of tensors behind one another in huge pages, as long as a share `left_free` of the machine's memory stays free."""
+    """Copies of tensors behind one another in huge pages, as long as a share `left_free` of the machine's memory stays free.
+
+    `refused_bytes` is what found no room and stayed where it was.
+    """
 
     def __init__(self, left_free: float = 0.25) -> None:
-        self.left_free = left_free
+        self.left_free, self.refused_bytes = left_free, 0
         self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def hold(self, tensor: Tensor) -> Tensor:
@@ -33,6 +36,7 @@ class ResidentMemory:
         if tensor.nbytes < LEAST_BYTES or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return tensor
         if self._used + tensor.nbytes > len(self._block) and not self._grow(tensor.nbytes):
+            self.refused_bytes += tensor.nbytes
             return tensor
         place = self._block[self._used : self._used + tensor.nbytes]
         self._used += -(-tensor.nbytes // _LINE) * _LINE

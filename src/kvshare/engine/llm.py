@@ -86,8 +86,11 @@ class LLM:
                     self.model, checkpoint, weights, cached=weight_cache, progress=report, notice=say if progress else ignore
                 )
         with bar("loading weights") as report:
-            load_weights(self.model, checkpoint, self.dtype, report, keep_blocks, ResidentMemory())
+            resident = ResidentMemory()
+            load_weights(self.model, checkpoint, self.dtype, report, keep_blocks, resident)
         forget_pages()
+        if progress and resident.refused_bytes:
+            say(f"weights: {resident.refused_bytes / 1e9:,.2f} GB stay in the mapped file, for lack of free memory: decoding is slower")
         self.tokenizer = checkpoint.tokenizer()
         self.generation_config: Mapping[str, Any] = checkpoint.generation_config
         self.arena, self.max_context = _make_arena(self.model.layout, precision, max_context, max_sequences, kv_memory, chunk)

@@ -14,8 +14,6 @@ from kvshare.kernels.row_kind import RowKind, stream_shape
 if TYPE_CHECKING:
     from kvshare.cache.tables import PageTable
 
-WIDEST = 2048  # numbers in one head
-
 
 class Query(NamedTuple):
     """The query in row `row` of the batch, which sees rows `first:end` of the cached rows that the two tables lead to."""

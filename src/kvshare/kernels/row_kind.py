@@ -17,7 +17,7 @@ from kvshare.cache.codecs.rotated import RotatedCodec, RotatedNineCodec, Rotated
 from kvshare.cache.codecs.scaled import ScaledCodec
 from kvshare.kernels.native import available, module
 
-WIDEST_HEAD = 2048  # numbers that the kernels encode
+WIDEST = 2048  # numbers in one head that the kernels take
 
 
 class RowKind(NamedTuple):
@@ -39,7 +39,7 @@ _RAW = {torch.bfloat16: RowKind("BF16"), torch.float32: RowKind("FP32")}
 
 
 def row_kind(codec: Codec) -> RowKind | None:
-    """The format that `codec` writes; None where no kernel reads it."""
+    """The format that `codec` writes; None where no kernel reads it, or where queries must be changed as well (`kind_and_balance`)."""
     if isinstance(codec, RawCodec):
         return _RAW.get(codec.dtype)
     if isinstance(codec, ScaledCodec):
@@ -51,6 +51,11 @@ def row_kind(codec: Codec) -> RowKind | None:
     if isinstance(codec, RotatedNineCodec):
         return RowKind("INT9", rotated=True)
     return RowKind(f"LEVELS{codec.bits}", rotated=True) if isinstance(codec, RotatedCodec) else None
+
+
+def kind_and_balance(codec: Codec) -> tuple[RowKind | None, Tensor | None]:
+    """`row_kind`, and what keys were divided by before (None: nothing), which their queries must be multiplied by."""
+    return (row_kind(codec.codec), codec.balance) if isinstance(codec, BalancedCodec) else (row_kind(codec), None)
 
 
 def decode_rows(encoded: Tensor, kind: RowKind, heads: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -86,9 +91,8 @@ class RowEncoder:
 
 def row_encoder(codec: Codec, heads: int, width: int) -> RowEncoder | None:
     """What encodes for `codec` natively; None where nothing does, or where rows are only cast."""
-    balance = codec.balance if isinstance(codec, BalancedCodec) else None
-    kind = row_kind(codec.codec if isinstance(codec, BalancedCodec) else codec)
-    if kind is None or kind in _RAW.values() or not available() or width > WIDEST_HEAD:
+    kind, balance = kind_and_balance(codec)
+    if kind is None or kind in _RAW.values() or not available() or width > WIDEST:
         return None
     return RowEncoder(kind, heads, width, balance)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvshare.kernels.native import available, isa, module
 
-_FEW_ROWS = 16
+_FEW_ROWS = 16  # as many as decode steps of a batch have
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
