@@ -12,9 +12,10 @@ from torch import Tensor
 from benchmarks.micro import Result, Timed
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import codec_for
-from kvshare.cache.tables import PageTable
-from kvshare.kernels.paged_attention import PagedAttention, Query
+from kvshare.cache.tables import PageTable, page_runs
+from kvshare.kernels.paged_attention import PagedAttention
 from kvshare.kernels.row_kind import RowKind, row_kind
+from kvshare.kernels.step_spans import StepSpans, TokenSpan
 from kvshare.kernels.tile_attention import Rows, TileAttention, TileSpan
 from kvshare.layers.attention import attention
 from kvshare.layout import Stream
@@ -107,7 +108,8 @@ class Pages:
         """The call in which one query, [1, heads, width], attends to all rows."""
         assert self.kind is not None
         kernel = PagedAttention(self.arena, self.kv_heads, (self.width, self.width), (self.kind, self.kind), torch.bfloat16)
-        return partial(kernel.attend, q, torch.empty_like(q), [Query(0, 0, self.rows, *self.tables)], scale=0.05)
+        spans = StepSpans([TokenSpan(page_runs(self.tables), self.rows - 1, 1, 0)])
+        return partial(kernel.attend, q, torch.empty_like(q), spans, scale=0.05)
 
     def plain_rows(self) -> list[Tensor]:
         """Keys and values in one piece each, [rows, kv_heads, width]; only of bf16 caches."""

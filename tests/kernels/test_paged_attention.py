@@ -11,9 +11,10 @@ from torch import Tensor
 from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import codec_for
-from kvshare.cache.tables import PageTable
-from kvshare.kernels.paged_attention import PagedAttention, Query
+from kvshare.cache.tables import PageTable, page_runs
+from kvshare.kernels.paged_attention import PagedAttention
 from kvshare.kernels.row_kind import row_kind
+from kvshare.kernels.step_spans import StepSpans, TokenSpan
 from kvshare.layers.attention import attention
 from kvshare.layout import Stream
 from kvshare.layout.rows import precision_named
@@ -52,7 +53,8 @@ class Case:
         self.arena.pages.fill_(0xFF)
         free = torch.randperm(self.arena.num_pages, generator=generator).tolist()
         self.q = torch.randn(len(lengths) + 1, self.kv_heads * group, key_width, generator=generator).to(dtype)
-        self.rows, self.queries = [], []
+        self.rows, self.spans = [], []
+        self.tables: list[PageTable] = []  # whose pages the spans lead to
         for row, length in enumerate(lengths):
             first = 0 if window is None else max(0, length - window)
             tables, seen = [], []
@@ -70,16 +72,17 @@ class Case:
                 tables.append(table)
                 seen.append(codec.decode(encoded[first:], self.kv_heads, width))
             self.rows.append(seen)
-            self.queries.append(Query(row, first, length, *tables))
+            self.tables += tables
+            self.spans.append(TokenSpan(page_runs(tables), length - 1, 1, row))
         kinds = row_kind(named[0]), row_kind(named[1])
         assert kinds[0] is not None
         assert kinds[1] is not None
-        self.kernel = PagedAttention(self.arena, self.kv_heads, (key_width, value_width), (kinds[0], kinds[1]), dtype)
+        self.kernel = PagedAttention(self.arena, self.kv_heads, (key_width, value_width), (kinds[0], kinds[1]), dtype, window=window)
         self.scale = key_width**-0.5
 
     def run(self, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
         out = torch.full((*self.q.shape[:2], self.kernel.value_width), 7.0, dtype=self.q.dtype)
-        self.kernel.attend(self.q, out, self.queries, scale=self.scale, softcap=softcap, sinks=sinks)
+        self.kernel.attend(self.q, out, StepSpans(self.spans), scale=self.scale, softcap=softcap, sinks=sinks)
         assert (out[-1] == 7).all(), "a row that was not asked for was written"
         return out[:-1]
 
@@ -168,6 +171,6 @@ def test_neither_batch_nor_threads_change_a_bit(dtype: torch.dtype, isa: str) ->
     finally:
         torch.set_num_threads(before)
     out = torch.empty_like(together)
-    for query in case.queries:
-        case.kernel.attend(case.q, out, [query], scale=case.scale)
+    for span in case.spans:
+        case.kernel.attend(case.q, out, StepSpans([span]), scale=case.scale)
     assert torch.equal(out, together)

@@ -19,6 +19,7 @@ class NativeAttention:
 
     def __init__(self, layout: CacheLayout, codecs: Mapping[tuple[int, str], Codec]):
         self.layout, self.codecs = layout, codecs
+        self._tables = list(codecs)  # in the order of a sequence's tables
         self._bound: dict[tuple[int, torch.dtype], tuple[Arena, PagedAttention | None]] = {}
 
     def of(self, owner: int, arena: Arena, dtype: torch.dtype) -> PagedAttention | None:
@@ -37,7 +38,8 @@ class NativeAttention:
         (keys, balance), values = kind_and_balance(self.codecs[owner, k.name]), row_kind(self.codecs[owner, v.name])
         if keys is None or values is None or not (keys.takes(dtype) and values.takes(dtype)) or max(k.width, v.width) > WIDEST:
             return None
-        return PagedAttention(arena, k.heads, (k.width, v.width), (keys, values), dtype, balance)
+        tables = self._tables.index((owner, k.name)), self._tables.index((owner, v.name))
+        return PagedAttention(arena, k.heads, (k.width, v.width), (keys, values), dtype, balance, tables, k.window)
 
 
 def keys_and_values(layer: LayerCache) -> tuple[Stream, Stream] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,9 +16,8 @@ from kvshare.cache.native_attention import NativeAttention, keys_and_values
 from kvshare.cache.step import KeyRebuild, Step, state_named
 from kvshare.cache.tables import SequenceCache
 from kvshare.cache.tiled_attention import TiledAttention
-from kvshare.kernels.new_rows import NewRows
-from kvshare.kernels.paged_attention import Query
 from kvshare.kernels.row_kind import RowEncoder, row_encoder
+from kvshare.kernels.step_spans import StepSpans, TokenSpan
 from kvshare.layout import CacheLayout, PrecisionChoice, Stream
 
 _STATE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32}
@@ -74,10 +74,8 @@ class PagedStep(Step):
         super().__init__(cache.layout, [c.num_tokens for c in caches], counts, reader_rows, device)
         self.cache = cache
         self.caches = caches
-        native = kernels.available() and device.type == "cpu"
-        self._new_rows = NewRows(caches[0].arena, caches, self.past, self.counts) if native else None
-        self._kept_limits: dict[tuple[int | None, bool], list[tuple[int, int, int]]] = {}  # by window and whether this is the tail
-        self._kept_queries: dict[tuple[int, bool], list[Query]] = {}  # by owner and whether this is the tail
+        self._native = kernels.available() and device.type == "cpu"
+        self._native_spans: StepSpans | None = None
         self._gathered: dict[tuple[int, str, int], tuple[int, Tensor]] = {}  # rows that several readers will ask for
 
     def attend(
@@ -99,60 +97,48 @@ class PagedStep(Step):
             return super().attend(layer, q, scale=scale, softcap=softcap, sinks=sinks, entries=entries, rebuild=rebuild)
         out = q.new_empty(*q.shape[:2], self.layout.layers[owner].value_width)
         if single is not None and self._all_single and (many is None or not many.takes(1, q.shape[1], entries)):
-            single.attend(q, out, self._queries(owner), scale=scale, softcap=softcap, sinks=sinks)
+            single.attend(q, out, self.native_spans, scale=scale, softcap=softcap, sinks=sinks)
             return out
-        queries, spans = [], []
+        singles, spans = False, []
         for sequence, span in enumerate(self.spans):
             tables = self.caches[sequence].tables
             if many is not None and span.count and many.takes(span.count, q.shape[1], entries):
                 spans.append(many.span(span.start, span.count, tables, entries))
             elif single is not None and span.count == 1:
-                queries.append(self._query(owner, sequence))
+                singles = True
             elif span.count:
                 out[span.start : span.end] = self._attend_sequence(owner, sequence, q, scale, softcap, sinks, entries, rebuild)
-        if single is not None and queries:
-            single.attend(q, out, queries, scale=scale, softcap=softcap, sinks=sinks)
+        if single is not None and singles:
+            single.attend(q, out, self.native_spans, scale=scale, softcap=softcap, sinks=sinks)
         if many is not None and spans:
             many.kernel.attend(q, out, self.positions, spans, scale=scale, softcap=softcap, sinks=sinks)
         return out
 
-    def _queries(self, owner: int) -> list[Query]:
-        """What the queries of all sequences, of which each has one, see of an owner; its readers ask for the same."""
-        key = owner, self._is_tail
-        if key not in self._kept_queries:
-            (k, v), tables = self.cache.keys_and_values[owner], [cache.tables for cache in self.caches]
-            self._kept_queries[key] = [
-                Query(row, first, end, own[owner, k.name], own[owner, v.name])
-                for (row, first, end), own in zip(self._seen_by_one(k.window), tables, strict=True)
-            ]
-        return self._kept_queries[key]
+    @property
+    def native_spans(self) -> StepSpans:
+        """What kernels are told of this step."""
+        if self._native_spans is None:
+            runs = [cache.page_runs for cache in self.caches]
+            self._native_spans = StepSpans([TokenSpan(own, s.first, s.count, s.start) for own, s in zip(runs, self.spans, strict=True)])
+        return self._native_spans
 
-    def _seen_by_one(self, window: int | None) -> list[tuple[int, int, int]]:
-        """Of each sequence, which has one query: its row in the batch, and the first and end row that it sees."""
-        key = window, self._is_tail
-        if key not in self._kept_limits:
-            ends = [span.last + 1 for span in self.spans]
-            firsts = [0 if window is None else max(0, end - window) for end in ends]
-            self._kept_limits[key] = list(zip(range(len(ends)), firsts, ends, strict=True))
-        return self._kept_limits[key]
-
-    def _query(self, owner: int, sequence: int) -> Query:
-        """What the only query of a sequence sees of an owner that a kernel reads."""
-        (k, v), span, tables = self.cache.keys_and_values[owner], self.spans[sequence], self.caches[sequence].tables
-        first, _ = self._live(k, span.first, sequence)
-        return Query(span.start, first, span.last + 1, tables[owner, k.name], tables[owner, v.name])
+    def tail(self) -> Self:
+        step = super().tail()
+        step._native_spans = None
+        return step
 
     @property
     def _all_single(self) -> bool:
         return all(span.end - span.start == 1 for span in self.spans)
 
     def _write_all(self, layer: int, stream: Stream, values: Tensor) -> None:
-        if self._new_rows is None or stream.tokens_per_row != 1:
+        if not self._native or stream.tokens_per_row != 1:
             super()._write_all(layer, stream, values)
         else:
             codec = self.cache.codecs[layer, stream.name]
             as_it_is = isinstance(codec, RawCodec) and codec.dtype == values.dtype and values.stride()[1:] == (stream.width, 1)
-            self._new_rows.write(*self.cache.tables[layer, stream.name], values if as_it_is else self.cache.encoded(layer, stream, values))
+            rows = values if as_it_is else self.cache.encoded(layer, stream, values)
+            self.native_spans.append(self.caches[0].arena, *self.cache.tables[layer, stream.name], rows)
 
     def _write(self, layer: int, stream: Stream, sequence: int, first: int, values: Tensor) -> None:
         encoded = self.cache.encoded(layer, stream, values)

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -147,7 +148,7 @@ class Step(ABC):
         """The rows, of the whole step, that go on behind the last owner."""
         return torch.arange(len(self.positions), device=self.positions.device) if self._kept is None else self._kept
 
-    def tail(self) -> Step:
+    def tail(self) -> Self:
         """The same step on `rows_kept` only. It cannot append."""
         step = copy.copy(self)
         step.positions = self.positions[self.rows_kept]

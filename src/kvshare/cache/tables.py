@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvshare.cache.arena import Arena
@@ -50,6 +50,11 @@ class PageTable:
         return dropped
 
 
+def page_runs(tables: Iterable[PageTable]) -> array[int]:
+    """Of each table: the address of its pages, its first page, and how many it has. 64-bit; true until one of them changes."""
+    return array("q", (number for t in tables for number in (t.pages.buffer_info()[0], t.first_page, len(t.pages))))
+
+
 class SequenceCache:
     """One sequence's share of the arena.
 
@@ -72,11 +77,9 @@ class SequenceCache:
 
     @property
     def page_runs(self) -> array[int]:
-        """Of each table, in order: the address of its pages, its first page, and how many it has. 64-bit; replaced when they change."""
+        """`page_runs` of all tables; replaced when they change."""
         if self._page_runs is None:
-            self._page_runs = array("q")
-            for table in self.tables.values():
-                self._page_runs.extend((table.pages.buffer_info()[0], table.first_page, len(table.pages)))
+            self._page_runs = page_runs(self.tables.values())
         return self._page_runs
 
     def missing_pages(self, num_new_tokens: int) -> int:

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor
 
 from kvshare.cache.arena import Arena
 from kvshare.kernels.native import module
 from kvshare.kernels.row_kind import RowKind, stream_shape
-
-if TYPE_CHECKING:
-    from kvshare.cache.tables import PageTable
-
-
-class Query(NamedTuple):
-    """The query in row `row` of the batch, which sees rows `first:end` of the cached rows that the two tables lead to."""
-
-    row: int
-    first: int
-    end: int
-    keys: PageTable
-    values: PageTable
+from kvshare.kernels.step_spans import StepSpans
 
 
 class PagedAttention:
@@ -46,6 +32,8 @@ class PagedAttention:
         kinds: tuple[RowKind, RowKind],
         dtype: torch.dtype,  # of queries and output, bfloat16 or float32; of plain rows, too
         balance: Tensor | None = None,  # [kv_heads, key width]: what keys were divided by before they were encoded
+        tables: tuple[int, int] = (0, 1),  # of keys and of values, as a sequence counts its tables
+        window: int | None = None,  # rows that a query sees, its own included; None: all
     ):
         assert dtype in (torch.bfloat16, torch.float32)
         assert all(kind.takes(dtype) for kind in kinds)
@@ -53,18 +41,22 @@ class PagedAttention:
         self.key_width, self.value_width = widths
         keys = stream_shape(arena, kv_heads, widths[0], kinds[0], balance)
         values = stream_shape(arena, kv_heads, widths[1], kinds[1])
-        self._native = module().PagedAttention(arena.pages.data_ptr(), arena.page_bytes, keys, values, kv_heads, dtype == torch.bfloat16)
+        seen = *tables, window or 0
+        self._native = module().PagedAttention(
+            arena.pages.data_ptr(), arena.page_bytes, keys, values, *seen, kv_heads, dtype == torch.bfloat16
+        )
 
     def attend(
         self,
         q: Tensor,  # [tokens, query_heads, key_width]
-        out: Tensor,  # [tokens, query_heads, value_width]: the rows of `queries` are written
-        queries: list[Query],
+        out: Tensor,  # [tokens, query_heads, value_width]: the rows of single queries are written
+        spans: StepSpans,
         *,
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,  # [query_heads]
     ) -> None:
+        """Attention of those queries that are their sequence's only ones in `spans`. Raises `IndexError` where pages are missing."""
         heads = q.shape[1]
         assert q.dtype == out.dtype == self.dtype
         assert heads % self.kv_heads == 0
@@ -73,8 +65,5 @@ class PagedAttention:
         assert out.is_contiguous()
         q = q.contiguous()
         sinks = None if sinks is None else sinks.float().contiguous()
-        places = [
-            (row, first, end, keys.pages.buffer_info()[0], keys.first_page, values.pages.buffer_info()[0], values.first_page)
-            for row, first, end, keys, values in queries
-        ]
-        self._native.attend(q.data_ptr(), out.data_ptr(), heads, places, scale, softcap or 0.0, 0 if sinks is None else sinks.data_ptr())
+        addresses = q.data_ptr(), out.data_ptr()
+        self._native.attend(*spans.where, *addresses, heads, scale, softcap or 0.0, 0 if sinks is None else sinks.data_ptr())

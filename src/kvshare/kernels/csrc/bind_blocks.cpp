@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "kernels.h"
+#include "program.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -19,6 +20,7 @@ void bind_blocks(nb::module_& m) {
     m.def("encode", [](BlockType type, uintptr_t numbers, bool bf16, int64_t rows, int64_t k, uintptr_t to) {
         if (type != BlockType::Q8_0 && type != BlockType::Q4_1 && type != BlockType::Q4_K) throw std::invalid_argument("nothing encodes this type");
         const int64_t row_bytes = blocks_in(type, k) * shape_of(type).bytes;
+        not_recorded("encoding weights");
         nb::gil_scoped_release released;
         const Isa& isa = active_isa();
 #pragma omp parallel for schedule(dynamic)
@@ -32,14 +34,14 @@ void bind_blocks(nb::module_& m) {
         const int64_t bytes = shape_of(type).bytes, row_bytes = blocks_in(type, k) * bytes, offset = blocks_in(type, begin) * bytes;
         const int64_t width = end - begin;
         if (blocks_in(type, width) * bytes + offset > row_bytes) throw std::invalid_argument("the columns reach behind the row");
-        const auto* row = reinterpret_cast<const int64_t*>(indices);
-        for (int64_t i = 0; i < count; i++)
-            if (row[i] < 0 || row[i] >= entries) throw nb::index_error("a row is not in the table");
-        nb::gil_scoped_release released;
-        const Isa& isa = active_isa();
+        perform(Gil::released, [=](const Isa& isa) {
+            const auto* row = reinterpret_cast<const int64_t*>(indices);
+            for (int64_t i = 0; i < count; i++)
+                if (row[i] < 0 || row[i] >= entries) throw std::out_of_range("a row is not in the table");
 #pragma omp parallel for schedule(static) if (count > 8)
-        for (int64_t i = 0; i < count; i++)
-            isa.decode(type, reinterpret_cast<const uint8_t*>(table) + row[i] * row_bytes + offset, 1, width,
-                       reinterpret_cast<uint8_t*>(to) + i * width * (bf16 ? 2 : 4), bf16);
+            for (int64_t i = 0; i < count; i++)
+                isa.decode(type, reinterpret_cast<const uint8_t*>(table) + row[i] * row_bytes + offset, 1, width,
+                           reinterpret_cast<uint8_t*>(to) + i * width * (bf16 ? 2 : 4), bf16);
+        });
     }, "type"_a, "table"_a, "entries"_a, "k"_a, "indices"_a, "count"_a, "begin"_a, "end"_a, "to"_a, "bf16"_a);
 }

@@ -1,6 +1,5 @@
 // Attention over pages, and the rows of pages as numbers, as Python sees them.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -8,11 +7,11 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
 #include "address.h"
 #include "kernels.h"
 #include "paged_attention.h"
+#include "program.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -56,6 +55,7 @@ void bind_paged_attention(nb::module_& m) {
 
     // [count, heads] heads of `width` numbers, each row `row_bytes` behind the one before, as numbers to[count, heads, width]
     m.def("decode_rows", [](RowKind kind, uintptr_t rows, int64_t row_bytes, int64_t count, int heads, int width, uintptr_t to, bool bf16) {
+        not_recorded("rows decoded outside of attention");
         nb::gil_scoped_release released;
         const Isa& isa = active_isa();
         const int64_t size = bf16 ? 2 : 4;
@@ -76,31 +76,29 @@ void bind_paged_attention(nb::module_& m) {
              }, "kind"_a, "width"_a, "row_bytes"_a, "rows_per_page"_a, "rotation"_a.none(), "balance"_a);
     // [count, heads] heads of numbers, bfloat16 or float32, strides in numbers, as the bytes of rows to[count, row_bytes]
     m.def("encode_rows",
-          [](const StreamShape& shape, uintptr_t values, bool bf16, int64_t row_stride, int64_t head_stride, int64_t count, int heads, uintptr_t to) {
-              if (shape.width > WIDEST_HEAD) throw std::invalid_argument("heads of " + std::to_string(shape.width) + " numbers");
-              nb::gil_scoped_release released;
-              const Isa& isa = active_isa();
-              const int64_t bytes = head_bytes(shape.kind, shape.width);
+          [](nb::pointer_and_handle<StreamShape> given, uintptr_t values, bool bf16, int64_t row_stride, int64_t head_stride, int64_t count, int heads, uintptr_t to) {
+              if (given.p->width > WIDEST_HEAD) throw std::invalid_argument("heads of " + std::to_string(given.p->width) + " numbers");
+              perform(Gil::released, [shape = given.p, kept = nb::borrow(given.h), values, bf16, row_stride, head_stride, count, heads, to](const Isa& isa) {
+                  const int64_t bytes = head_bytes(shape->kind, shape->width);
 #pragma omp parallel for schedule(static) if (count * heads >= PARALLEL_HEADS)
-              for (int64_t i = 0; i < count * heads; i++) {
-                  const int64_t place = i / heads * row_stride + i % heads * head_stride;
-                  const void* from = bf16 ? static_cast<const void*>(at<const uint16_t>(values) + place) : at<const float>(values) + place;
-                  encode(isa, shape, i % heads, from, bf16, at<uint8_t>(to) + i * bytes);
-              }
+                  for (int64_t i = 0; i < count * heads; i++) {
+                      const int64_t place = i / heads * row_stride + i % heads * head_stride;
+                      const void* from = bf16 ? static_cast<const void*>(at<const uint16_t>(values) + place) : at<const float>(values) + place;
+                      encode(isa, *shape, i % heads, from, bf16, at<uint8_t>(to) + i * bytes);
+                  }
+              });
           });
 
     nb::class_<PagedAttention>(m, "PagedAttention")
         .def("__init__",
-             [](PagedAttention* self, uintptr_t arena, int64_t page_bytes, const StreamShape& k, const StreamShape& v, int kv_heads, bool bf16) {
-                 new (self) PagedAttention(at<const uint8_t>(arena), page_bytes, k, v, kv_heads, bf16);
-             }, "arena"_a, "page_bytes"_a, "k"_a, "v"_a, "kv_heads"_a, "bf16"_a)
-        .def("attend",
-             [](const PagedAttention& self, uintptr_t q, uintptr_t out, int query_heads,
-                const std::vector<std::tuple<int64_t, int64_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t>>& queries, float scale, float softcap, uintptr_t sinks) {
-                 std::vector<Query> all;
-                 for (const auto& [row, first, end, k, k_first, v, v_first] : queries)
-                     all.push_back({row, first, end, at<const int32_t>(k), k_first, at<const int32_t>(v), v_first});
-                 nb::gil_scoped_release released;
-                 self.attend(active_isa(), at<const void>(q), at<void>(out), query_heads, all, scale, softcap, at<const float>(sinks));
-             });
+             [](PagedAttention* self, uintptr_t arena, int64_t page_bytes, const StreamShape& k, const StreamShape& v, int64_t k_table, int64_t v_table, int64_t window,
+                int kv_heads, bool bf16) { new (self) PagedAttention(at<const uint8_t>(arena), page_bytes, k, v, {k_table, v_table, window}, kv_heads, bf16); },
+             "arena"_a, "page_bytes"_a, "k"_a, "v"_a, "k_table"_a, "v_table"_a, "window"_a, "kv_heads"_a, "bf16"_a)
+        .def("attend", [](nb::pointer_and_handle<PagedAttention> self, uintptr_t spans, int64_t num_spans, uintptr_t q, uintptr_t out, int query_heads, float scale,
+                          float softcap, uintptr_t sinks) {
+            perform(Gil::released, {at<const StepSpan>(spans), num_spans},
+                    [kernel = self.p, kept = nb::borrow(self.h), q, out, query_heads, scale, softcap, sinks](const Isa& isa, const StepSpans& step) {
+                        kernel->attend(isa, at<const void>(q), at<void>(out), query_heads, step, scale, softcap, at<const float>(sinks));
+                    });
+        });
 }

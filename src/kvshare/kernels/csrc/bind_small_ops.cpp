@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "address.h"
+#include "program.h"
 #include "small_ops_calls.h"
 
 namespace nb = nanobind;
@@ -22,21 +23,25 @@ void bind_small_ops(nb::module_& m) {
              uintptr_t cos, uintptr_t sin, bool precise, int64_t pairs, bool interleaved) {
               const HeadsTask task = {at<const void>(x), at<void>(out), row_stride, head_stride, heads, width, nullptr, 0, at<const void>(cos), at<const void>(sin),
                                       precise, pairs, interleaved};
-              run_heads(active_isa(), task, norm_of(norm), bf16, rows);
+              perform(Gil::kept, [=, norm = norm_of(norm)](const Isa& isa) { run_heads(isa, task, norm, bf16, rows); });
           });
     m.def("sum",
           [](uintptr_t x, uintptr_t y, uintptr_t total, uintptr_t normed, bool bf16, int64_t rows, int64_t width, const NormArguments& of_y, const NormArguments& of_sum,
              float scale) {
               const SumTask task = {at<const void>(x), at<const void>(y), at<void>(total), at<void>(normed), width, nullptr, nullptr, 0, 0, scale};
-              run_sum(active_isa(), task, norm_of(of_y), norm_of(of_sum), bf16, rows);
+              perform(Gil::kept, [=, of_y = norm_of(of_y), of_sum = norm_of(of_sum)](const Isa& isa) { run_sum(isa, task, of_y, of_sum, bf16, rows); });
           });
     m.def("gate", [](uintptr_t gate, uintptr_t up, uintptr_t out, bool bf16, int64_t rows, int64_t gate_stride, int64_t up_stride, int64_t width, bool gelu) {
-        run_gate(active_isa(), {at<const void>(gate), at<const void>(up), at<void>(out), gate_stride, up_stride, width, gelu}, bf16, rows);
+        const GateTask task = {at<const void>(gate), at<const void>(up), at<void>(out), gate_stride, up_stride, width, gelu};
+        perform(Gil::kept, [=](const Isa& isa) { run_gate(isa, task, bf16, rows); });
     });
-    m.def("cap", [](uintptr_t x, int64_t count, float cap) { run_cap(active_isa(), at<float>(x), count, cap); });
-    m.def("append_rows",
-          [](uintptr_t arena, int64_t page_bytes, uintptr_t sequences, int64_t num_sequences, int64_t table, int64_t row_bytes, int64_t rows_per_page, uintptr_t values,
-             int64_t stride_bytes) {
-              append_rows(at<uint8_t>(arena), page_bytes, at<const NewRows>(sequences), num_sequences, {table, row_bytes, rows_per_page, at<const uint8_t>(values), stride_bytes});
-          });
+    m.def("cap", [](uintptr_t x, int64_t count, float cap) {
+        perform(Gil::kept, [=](const Isa& isa) { run_cap(isa, at<float>(x), count, cap); });
+    });
+    m.def("append_rows", [](uintptr_t spans, int64_t num_spans, uintptr_t arena, int64_t page_bytes, int64_t table, int64_t row_bytes, int64_t rows_per_page, uintptr_t values,
+                            int64_t stride_bytes) {
+        perform(Gil::kept, {at<const StepSpan>(spans), num_spans}, [=](const Isa&, const StepSpans& step) {
+            append_rows(at<uint8_t>(arena), page_bytes, step, {table, row_bytes, rows_per_page, at<const uint8_t>(values), stride_bytes});
+        });
+    });
 }

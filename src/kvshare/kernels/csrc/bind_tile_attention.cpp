@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "address.h"
+#include "program.h"
 #include "tile_attention.h"
 
 namespace nb = nanobind;
@@ -33,6 +34,7 @@ void bind_tile_attention(nb::module_& m) {
                      for (const auto& [k, k_first, v, v_first, chosen, num_chosen] : rows)
                          all.back().rows.push_back({at<const int32_t>(k), k_first, at<const int32_t>(v), v_first, at<const int64_t>(chosen), num_chosen});
                  }
+                 not_recorded("attention by tiles");
                  nb::gil_scoped_release released;
                  self.attend(active_isa(), at<const uint16_t>(q), at<uint16_t>(out), at<const int64_t>(positions), query_heads, all, scale, softcap,
                              at<const float>(sinks));

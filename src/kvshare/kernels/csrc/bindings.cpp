@@ -10,6 +10,7 @@
 
 #include "address.h"
 #include "kernels.h"
+#include "program.h"
 #include "quantized_weight.h"
 
 namespace nb = nanobind;
@@ -20,6 +21,7 @@ void bind_blocks(nb::module_& m);
 void bind_paged_attention(nb::module_& m);
 void bind_tile_attention(nb::module_& m);
 void bind_small_ops(nb::module_& m);
+void bind_program(nb::module_& m);
 
 NB_MODULE(_kernels, m) {
     nb::set_leak_warnings(false);  // a model that a script still holds when it ends is no leak
@@ -54,11 +56,13 @@ NB_MODULE(_kernels, m) {
         .def_prop_ro("out_features", &QuantizedWeight::out_features)
         .def_prop_ro("bytes", &QuantizedWeight::bytes)
         .def("multiply",
-             [](const QuantizedWeight& self, uintptr_t x, bool x_bf16, uintptr_t out, bool out_bf16, int64_t rows, int64_t begin, int64_t end) {
-                 nb::gil_scoped_release released;
-                 self.multiply(active_isa(), at<const void>(x), x_bf16, at<void>(out), out_bf16, rows, begin, end);
+             [](nb::pointer_and_handle<QuantizedWeight> self, uintptr_t x, bool x_bf16, uintptr_t out, bool out_bf16, int64_t rows, int64_t begin, int64_t end) {
+                 perform(Gil::released, [weight = self.p, kept = nb::borrow(self.h), x, x_bf16, out, out_bf16, rows, begin, end](const Isa& isa) {
+                     weight->multiply(isa, at<const void>(x), x_bf16, at<void>(out), out_bf16, rows, begin, end);
+                 });
              })
         .def("decode", [](const QuantizedWeight& self, int64_t begin, int64_t end, uintptr_t to, bool bf16) {
+            not_recorded("weights decoded panel by panel");
             nb::gil_scoped_release released;
             self.decode(active_isa(), begin, end, at<void>(to), bf16);
         });
@@ -66,4 +70,5 @@ NB_MODULE(_kernels, m) {
     bind_paged_attention(m);
     bind_tile_attention(m);
     bind_small_ops(m);
+    bind_program(m);
 }

@@ -82,8 +82,17 @@ void PagedAttention::finish(float* numbers, float factor, void* out, int64_t hea
 }
 
 void PagedAttention::attend(
-    const Isa& isa, const void* q, void* out, int query_heads, const std::vector<Query>& queries, float scale, float softcap, const float* sinks
+    const Isa& isa, const void* q, void* out, int query_heads, const StepSpans& step, float scale, float softcap, const float* sinks
 ) const {
+    std::vector<Query> queries;
+    for (const StepSpan& span : step) {
+        if (span.count != 1) continue;
+        const PageRun &k = span.runs[seen_.k_table], &v = span.runs[seen_.v_table];
+        const int64_t end = span.first + 1, first = seen_.window ? std::max<int64_t>(0, end - seen_.window) : 0;
+        k.check(first, end, k_.rows_per_page);
+        v.check(first, end, v_.rows_per_page);
+        queries.push_back({span.row, first, end, k.pages, k.first_page, v.pages, v.first_page});
+    }
     struct Part {
         const Query* query;
         int64_t begin, end;

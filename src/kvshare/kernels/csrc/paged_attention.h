@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "rotation.h"
+#include "step_spans.h"
 
 namespace kvshare {
 
@@ -28,14 +29,20 @@ struct Query {
     int64_t v_first_page;
 };
 
+// What of a sequence its queries see.
+struct SeenRows {
+    int64_t k_table, v_table;  // which of its page runs
+    int64_t window;            // rows, the query's own included; 0: all
+};
+
 class PagedAttention {
   public:
-    PagedAttention(const uint8_t* arena, int64_t page_bytes, StreamShape k, StreamShape v, int kv_heads, bool bf16)
-        : arena_(arena), page_bytes_(page_bytes), k_(std::move(k)), v_(std::move(v)), kv_heads_(kv_heads), bf16_(bf16) {}
+    PagedAttention(const uint8_t* arena, int64_t page_bytes, StreamShape k, StreamShape v, SeenRows seen, int kv_heads, bool bf16)
+        : arena_(arena), page_bytes_(page_bytes), k_(std::move(k)), v_(std::move(v)), seen_(seen), kv_heads_(kv_heads), bf16_(bf16) {}
 
-    // out[query.row] = softmax(scale * q[query.row] . k) v. q is [tokens, query_heads, key width] and out [tokens, query_heads, value width], bfloat16
+    // out[row] = softmax(scale * q[row] . k) v for each span of one token, `row` being its row; others are left out. q is [tokens, query_heads, key width] and out [tokens, query_heads, value width], bfloat16
     // or float32; sinks [query_heads] float32 or null. A sequence is cut the same way whatever else runs beside it, and whatever the number of threads.
-    void attend(const Isa& isa, const void* q, void* out, int query_heads, const std::vector<Query>& queries, float scale, float softcap, const float* sinks) const;
+    void attend(const Isa& isa, const void* q, void* out, int query_heads, const StepSpans& step, float scale, float softcap, const float* sinks) const;
 
   private:
     void attend_rows(const Isa& isa, const Query& query, int64_t begin, int64_t end, const AttendState& state) const;
@@ -46,6 +53,7 @@ class PagedAttention {
     const uint8_t* arena_;
     int64_t page_bytes_;
     StreamShape k_, v_;
+    SeenRows seen_;
     int kv_heads_;
     bool bf16_;
 };

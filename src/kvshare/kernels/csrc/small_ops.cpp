@@ -68,22 +68,12 @@ void run_cap(const Isa& isa, float* x, int64_t count, float cap) {
     over(count, 1, [&](int64_t begin, int64_t end) { isa.small.cap(x + begin, end - begin, cap); });
 }
 
-static const PageRun& run_of(const NewRows& sequence, const RowsToAppend& rows, int64_t first_page, int64_t last_page) {
-    const PageRun& run = sequence.runs[rows.table];
-    if (first_page < run.first_page || last_page >= run.first_page + run.num_pages)
-        throw std::out_of_range("rows for pages " + std::to_string(first_page) + " to " + std::to_string(last_page) + ", but the sequence holds " +
-                                std::to_string(run.first_page) + " to " + std::to_string(run.first_page + run.num_pages - 1));
-    return run;
-}
-
-void append_rows(uint8_t* arena, int64_t page_bytes, const NewRows* sequences, int64_t num_sequences, const RowsToAppend& rows) {
+void append_rows(uint8_t* arena, int64_t page_bytes, const StepSpans& step, const RowsToAppend& rows) {
     const uint8_t* from = rows.values;
-    for (int64_t s = 0; s < num_sequences; s++) {
-        const NewRows& sequence = sequences[s];
-        if (!sequence.count) continue;
-        const int64_t last = sequence.past + sequence.count - 1;
-        const PageRun& run = run_of(sequence, rows, sequence.past / rows.rows_per_page, last / rows.rows_per_page);
-        for (int64_t row = sequence.past; row <= last; row++, from += rows.stride_bytes) {
+    for (const StepSpan& span : step) {
+        const PageRun& run = span.runs[rows.table];
+        run.check(span.first, span.first + span.count, rows.rows_per_page);
+        for (int64_t row = span.first; row < span.first + span.count; row++, from += rows.stride_bytes) {
             const int64_t page = run.pages[row / rows.rows_per_page - run.first_page];
             memcpy(arena + page * page_bytes + row % rows.rows_per_page * rows.row_bytes, from, size_t(rows.row_bytes));
         }

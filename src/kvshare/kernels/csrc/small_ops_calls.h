@@ -1,6 +1,7 @@
 // The operations between the products over all rows, shared among the threads where there are enough; and new rows to their pages.
 #pragma once
 #include "kernels.h"
+#include "step_spans.h"
 
 namespace kvshare {
 
@@ -17,18 +18,6 @@ void run_sum(const Isa& isa, SumTask task, const Norm& of_y, const Norm& of_sum,
 void run_gate(const Isa& isa, const GateTask& task, bool bf16, int64_t rows);
 void run_cap(const Isa& isa, float* x, int64_t count, float cap);
 
-// The pages of one (owner, stream) of one sequence, as Python keeps them: 64-bit integers.
-struct PageRun {
-    const int32_t* pages;
-    int64_t first_page, num_pages;
-};
-
-// The rows `past ... past + count - 1` that one sequence adds to each of its streams with a row a token.
-struct NewRows {
-    const PageRun* runs;  // of all its tables
-    int64_t past, count;
-};
-
 struct RowsToAppend {
     int64_t table;  // which of a sequence's runs
     int64_t row_bytes, rows_per_page;
@@ -36,7 +25,7 @@ struct RowsToAppend {
     int64_t stride_bytes;
 };
 
-// Throws std::out_of_range, and has then written some of the rows, where a sequence lacks the pages.
-void append_rows(uint8_t* arena, int64_t page_bytes, const NewRows* sequences, int64_t num_sequences, const RowsToAppend& rows);
+// The rows of all tokens to their pages. Throws std::out_of_range, and has then written some of them, where a sequence lacks the pages.
+void append_rows(uint8_t* arena, int64_t page_bytes, const StepSpans& step, const RowsToAppend& rows);
 
 }  // namespace kvshare

@@ -1,0 +1,77 @@
+// Calls of kernels, recorded once and run again. Every binding that computes does so through `perform`, or says with `not_recorded` why it cannot
+// be run again: then no half of a recording passes for the whole.
+#pragma once
+#include <nanobind/nanobind.h>
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "step_spans.h"
+
+namespace kvshare {
+
+class Program {
+  public:
+    // What a call was given is in it: addresses whose memory must outlive the program. The instruction set and where the step's tokens stand are not.
+    using Call = std::function<void(const Isa&, const StepSpans&)>;
+
+    explicit Program(StepSpans recorded_from) : recorded_from_(recorded_from) {}
+
+    void append(Call call) { calls_.push_back(std::move(call)); }
+    void append(const StepSpans& spans, Call call) {
+        if (spans.spans == recorded_from_.spans) append(std::move(call));
+        else refuse("rows of another step");
+    }
+    void refuse(const char* why) {
+        if (refusal_.empty()) refusal_ = why;
+    }
+    const std::string& refusal() const { return refusal_; }  // empty: everything that was computed is in it
+    int64_t size() const { return int64_t(calls_.size()); }
+
+    void run(int64_t begin, int64_t end, const StepSpans& spans) const {
+        const Isa& isa = active_isa();
+        for (int64_t i = begin; i < end; i++) calls_[size_t(i)](isa, spans);
+    }
+
+  private:
+    StepSpans recorded_from_;
+    std::vector<Call> calls_;
+    std::string refusal_;
+};
+
+inline thread_local Program* recording = nullptr;  // what the kernels that this thread calls are added to
+
+enum class Gil { kept, released };  // while a call runs; released where it takes long
+
+// Runs call(isa), and records it where this thread records. Called with the GIL held; an object that must stay alive may be captured as nb::object.
+template <typename Call>
+void perform(Gil gil, Call call) {
+    {
+        std::optional<nanobind::gil_scoped_release> released;
+        if (gil == Gil::released) released.emplace();
+        call(active_isa());
+    }
+    if (recording) recording->append([call = std::move(call)](const Isa& isa, const StepSpans&) { call(isa); });
+}
+
+// The same for call(isa, spans): what it does with the step's tokens and rows.
+template <typename Call>
+void perform(Gil gil, const StepSpans& spans, Call call) {
+    {
+        std::optional<nanobind::gil_scoped_release> released;
+        if (gil == Gil::released) released.emplace();
+        call(active_isa(), spans);
+    }
+    if (recording) recording->append(spans, std::move(call));
+}
+
+inline void not_recorded(const char* what) {
+    if (recording) recording->refuse(what);
+}
+
+}  // namespace kvshare
