@@ -99,6 +99,6 @@ void bind_paged_attention(nb::module_& m) {
             perform(Gil::released, {at<const StepSpan>(spans), num_spans},
                     [kernel = self.p, kept = nb::borrow(self.h), q, out, query_heads, scale, softcap, sinks](const Isa& isa, const StepSpans& step) {
                         kernel->attend(isa, at<const void>(q), at<void>(out), query_heads, step, scale, softcap, at<const float>(sinks));
-                    });
+                    }, Work::attention);
         });
 }

@@ -36,6 +36,7 @@ void bind_tile_attention(nb::module_& m) {
                  }
                  not_recorded("attention by tiles");
                  nb::gil_scoped_release released;
+                 const Timed timer(Work::attention);
                  self.attend(active_isa(), at<const uint16_t>(q), at<uint16_t>(out), at<const int64_t>(positions), query_heads, all, scale, softcap,
                              at<const float>(sinks));
              });

@@ -90,6 +90,8 @@ struct Isa {
     // One row of k numbers, bfloat16 or float32, as blocks: Q8_0, Q4_1 or Q4_K.
     void (*encode)(BlockType type, const void* numbers, bool bf16, int64_t k, uint8_t* to);
     SmallOps small;
+    // What bandwidth is measured with: the sum of words, read in blocks of `streams` runs of `run` bytes side by side.
+    uint64_t (*read_memory)(const uint8_t* from, int64_t bytes, int streams, int64_t run, int64_t ahead);
 };
 
 // The sets that this build knows, best first; `usable` asks the processor. A set for AMX goes in front, with its own file and flags.
