@@ -29,7 +29,7 @@ LAYOUT = CacheLayout(LAYERS)
 HEADS = 60
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8", "rot9", "rot4"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "rot9", "rot4", "rot4+7", "int4+5", "fp8+18", "rot3+33"])
 @torch.no_grad()
 def test_kernels_and_torch_read_the_same_pages_alike(precision: str) -> None:
     """Chunks, single queries, a sequence without tokens, and the rows that go on behind the last owner."""
@@ -38,10 +38,10 @@ def test_kernels_and_torch_read_the_same_pages_alike(precision: str) -> None:
     arena.pages.fill_(0xFF)
     balance = {owner: (2.0 ** torch.randint(-1, 2, shape, generator=generator)).bfloat16() for owner, shape in ((0, (2, 32)), (1, (1, 64)))}
     cache, caches = PagedCache(LAYOUT, precision, balance), [SequenceCache(LAYOUT, arena, precision) for _ in range(3)]
-    for counts in ((50, 1, 7), (1, 33, 1), (9, 0, 1), (40, 1, 130)):
+    for counts in ((50, 1, 7), (1, 33, 1), (9, 0, 1), (1, 1, 1), (40, 1, 130), (1, 1, 1)):
         for each, count in zip(caches, counts, strict=True):
             each.reserve(count)
-        step = PagedStep(cache, caches, counts, [3, sum(counts) - 1])
+        step = PagedStep(cache, caches, counts, [min(3, sum(counts) - 2), sum(counts) - 1])
         for layer, described in enumerate(LAYERS):
             if described.streams:
                 rows = {}

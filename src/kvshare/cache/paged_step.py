@@ -12,7 +12,7 @@ from torch import Tensor
 from kvshare import kernels
 from kvshare.cache.codecs import Codec, codec_for
 from kvshare.cache.codecs.raw import RawCodec
-from kvshare.cache.native_attention import NativeAttention, keys_and_values
+from kvshare.cache.native_attention import NativeAttention
 from kvshare.cache.step import KeyRebuild, Step, state_named
 from kvshare.cache.tables import SequenceCache
 from kvshare.cache.tiled_attention import TiledAttention
@@ -28,7 +28,7 @@ class PagedCache:
 
     def __init__(self, layout: CacheLayout, precision: PrecisionChoice, balance: Mapping[int, Tensor] | None = None):
         """`balance` is the model's `key_balance()`."""
-        self.layout = layout
+        self.layout = layout = layout.stored_in(precision)
         self.codecs: dict[tuple[int, str], Codec] = {}  # by owner and stream
         self.encoders: dict[tuple[int, str], RowEncoder | None] = {}  # what does a codec's work natively
         self.row_bytes: dict[tuple[int, str], int] = {}
@@ -40,8 +40,6 @@ class PagedCache:
                 self.encoders[owner, stream.name] = row_encoder(self.codecs[owner, stream.name], stream.heads, stream.width)
                 self.row_bytes[owner, stream.name] = stream.row_bytes(form)
                 self.tables[owner, stream.name] = len(self.tables), layout.rows_per_page(owner, stream, precision), stream.row_bytes(form)
-        found = {owner: keys_and_values(layout.layers[owner]) for owner in layout.owners}
-        self.keys_and_values = {owner: streams for owner, streams in found.items() if streams is not None}
         self.native_attention = NativeAttention(layout, self.codecs)
         self.tiled_attention = TiledAttention(layout, self.codecs)
         self.read_again = frozenset(owner for owner in layout.owners if layout.readers(owner))

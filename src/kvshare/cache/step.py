@@ -85,7 +85,7 @@ class Step(ABC):
         if self._is_tail or self.layout.owner[layer] != layer:
             raise RuntimeError(f"layer {layer} reads layer {self.layout.owner[layer]} and never writes")
         for stream in self.layout.layers[layer].streams:
-            values = rows[stream.name]
+            values = rows[stream.source]
             count = len(self.positions) if stream.tokens_per_row == 1 else sum(b - a for a, b in self._all_new_rows(stream))
             if count != values.shape[0]:
                 raise RuntimeError(f"layer {layer} appended {values.shape[0]} rows of {stream.name!r}; this step has {count}")
@@ -215,7 +215,7 @@ class Step(ABC):
         limits = {}
         for stream in layer.streams:
             first, _ = self._live(stream, span.first, sequence)
-            limits[stream.name] = (first, (span.last + 1) // stream.tokens_per_row)
+            limits[stream.name] = (first, max(first, (span.last + 1) // stream.tokens_per_row - stream.behind))
         streams = _key_streams(layer)
         chosen = entries[span.start : span.end] if entries is not None and any(stream.top_k for stream in streams) else None
         if chosen is not None and span.count == 1:  # a decode step reads no more than what was selected
@@ -236,13 +236,13 @@ class Step(ABC):
     def _mask(self, stream: Stream, limits: tuple[int, int], span: Span, q: Tensor, chosen: Tensor | None) -> Tensor:
         """What hides rows of a stream (`limits`: first, end) from the queries: an additive mask [queries, rows] in q's dtype."""
         first, end = limits
-        key = (span, first, end, stream.tokens_per_row, stream.window, q.dtype)
+        key = (span, first, end, stream.tokens_per_row, stream.window, stream.behind, q.dtype)
         chosen = chosen if stream.top_k else None
         if chosen is None and key in self._masks:
             return self._masks[key]
         newest = (self.positions[span.start : span.end, None] + 1) // stream.tokens_per_row  # rows in front of this one are complete
         row = torch.arange(first, end, device=q.device)[None]
-        hidden = row >= newest
+        hidden = row >= newest - stream.behind
         if stream.window is not None:
             hidden |= row < newest - stream.window
         if chosen is not None:
@@ -265,7 +265,7 @@ def _key_streams(layer: LayerCache) -> tuple[Stream, ...]:
     """The streams whose rows stand behind one another in the keys of a layer."""
     names = [stream.name for stream in layer.streams]
     main = "k" if "k" in names else "v" if "v" in names else None
-    return tuple(s for s in layer.streams if (s.name == main if main else s.name != "index"))
+    return tuple(s for s in layer.streams if (s.source == main if main else s.name != "index"))
 
 
 def _keys_and_values(
@@ -273,7 +273,8 @@ def _keys_and_values(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values from the rows of a layer's streams."""
     if "k" in read:
-        return read["k"], read["v"]
+        keys, values = ([read[name] for name in (main, f"{main}_newest") if name in read] for main in ("k", "v"))
+        return (torch.cat(keys), torch.cat(values)) if len(keys) > 1 else (keys[0], values[0])
     if "v" in read:
         if rebuild is None:
             raise RuntimeError(f"a {layer.kind} layer that stores {', '.join(read)} needs its keys rebuilt")

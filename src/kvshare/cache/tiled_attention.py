@@ -9,6 +9,7 @@ from torch import Tensor
 from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
+from kvshare.cache.native_attention import keys_and_values
 from kvshare.cache.tables import PageTable
 from kvshare.kernels.row_kind import WIDEST, kind_and_balance, row_kind
 from kvshare.kernels.tile_attention import Rows, TileAttention, TileSpan
@@ -74,13 +75,13 @@ class TiledAttention:
 
 def attended_kinds(layer: LayerCache) -> list[tuple[Stream, Stream]]:
     """Keys and values of each kind of row in a layer that stores whole keys, of even and equal widths; none for every other layer."""
-    streams = {stream.name: stream for stream in layer.streams if stream.name != "index"}
+    streams = [stream for stream in layer.streams if stream.name != "index"]
+    names = {stream.source for stream in streams}
     if layer.borrowed:
         return []
-    if set(streams) == {"k", "v"}:
-        k, v = streams["k"], streams["v"]
-        kinds = [(k, v)] if (k.heads, k.window, k.tokens_per_row) == (v.heads, v.window, v.tokens_per_row) else []
+    if names == {"k", "v"}:
+        kinds = keys_and_values(layer)
     else:
-        kinds = [(stream, stream) for stream in streams.values()] if set(streams) <= {"kv", "entry", "latent"} else []
+        kinds = [(stream, stream) for stream in streams] if names <= {"kv", "entry", "latent"} else []
     shapes = {(k.heads, k.width, v.width) for k, v in kinds}
     return kinds if len(shapes) == 1 and not any(width % 2 for _, *widths in shapes for width in widths) else []

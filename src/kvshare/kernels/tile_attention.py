@@ -60,7 +60,7 @@ class TileAttention:
         streams = []
         for k, kind_of_keys, v, kind_of_values in kinds:
             shapes = stream_shape(arena, k.heads, k.width, kind_of_keys), stream_shape(arena, v.heads, v.width, kind_of_values)
-            streams.append((*shapes, k is v, k.tokens_per_row, k.window or 0))
+            streams.append((*shapes, k is v, k.tokens_per_row, k.window or 0, k.behind))
         self._native = module().TileAttention(arena.pages.data_ptr(), arena.page_bytes, streams, self.kv_heads)
 
     def attend(

@@ -1,5 +1,6 @@
 // Attention over pages, and the rows of pages as numbers, as Python sees them.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "address.h"
 #include "kernels.h"
@@ -16,6 +18,8 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace kvshare;
+
+using Kind = std::tuple<StreamShape, StreamShape, int64_t, int64_t, int64_t, int64_t>;  // keys, values, table of each, window, behind
 
 static constexpr int64_t PARALLEL_HEADS = 64;  // from so many on, threads share them
 
@@ -91,9 +95,11 @@ void bind_paged_attention(nb::module_& m) {
 
     nb::class_<PagedAttention>(m, "PagedAttention")
         .def("__init__",
-             [](PagedAttention* self, uintptr_t arena, int64_t page_bytes, const StreamShape& k, const StreamShape& v, int64_t k_table, int64_t v_table, int64_t window,
-                int kv_heads, bool bf16) { new (self) PagedAttention(at<const uint8_t>(arena), page_bytes, k, v, {k_table, v_table, window}, kv_heads, bf16); },
-             "arena"_a, "page_bytes"_a, "k"_a, "v"_a, "k_table"_a, "v_table"_a, "window"_a, "kv_heads"_a, "bf16"_a)
+             [](PagedAttention* self, uintptr_t arena, int64_t page_bytes, const std::vector<Kind>& kinds, int kv_heads, bool bf16) {
+                 std::vector<AttendedRows> all;
+                 for (const auto& [k, v, k_table, v_table, window, behind] : kinds) all.push_back({k, v, k_table, v_table, window, behind});
+                 new (self) PagedAttention(at<const uint8_t>(arena), page_bytes, std::move(all), kv_heads, bf16);
+             }, "arena"_a, "page_bytes"_a, "kinds"_a, "kv_heads"_a, "bf16"_a)
         .def("attend", [](nb::pointer_and_handle<PagedAttention> self, uintptr_t spans, int64_t num_spans, uintptr_t q, uintptr_t out, int query_heads, float scale,
                           float softcap, uintptr_t sinks) {
             perform(Gil::released, {at<const StepSpan>(spans), num_spans},

@@ -48,6 +48,7 @@ struct Seen {
     Seen(const TileStream& stream, const TileRows& rows, int64_t position) {
         end = rows.num_chosen >= 0 ? rows.num_chosen : (position + 1) / stream.tokens_per_row;
         first = stream.window && rows.num_chosen < 0 ? std::max<int64_t>(0, end - stream.window) : 0;
+        if (rows.num_chosen < 0) end = std::max(first, end - stream.behind);
     }
 };
 

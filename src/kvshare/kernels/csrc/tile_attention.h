@@ -14,6 +14,7 @@ struct TileStream {
     bool same;               // values are the first numbers of the keys
     int64_t tokens_per_row;  // row i is complete at position (i + 1) * tokens_per_row - 1, and seen from there on
     int64_t window;          // a query sees the newest `window` rows; 0: all
+    int64_t behind;          // but not the newest `behind` of them
 };
 
 // Where a sequence's rows lie: row i is row i % rows_per_page of page pages[i / rows_per_page - first_page].
