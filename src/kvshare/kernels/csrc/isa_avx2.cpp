@@ -2,11 +2,13 @@
 #include <immintrin.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels.h"
 namespace kvshare {
 namespace avx2 {
+#include "interleave.h"
 #include "blocks.h"
 #include "encode_blocks.h"
 #include "product.h"

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
@@ -11,6 +12,7 @@
 #include "kernels.h"
 namespace kvshare {
 namespace avx512 {
+#include "interleave.h"
 #include "blocks.h"
 #include "encode_blocks.h"
 #include "vectors_avx512.h"

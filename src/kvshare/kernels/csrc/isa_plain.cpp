@@ -1,10 +1,12 @@
 // Plain C++ for any processor.
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels.h"
 namespace kvshare {
 namespace plain {
+#include "interleave.h"
 #include "blocks.h"
 #include "encode_blocks.h"
 #include "product.h"
