@@ -38,7 +38,7 @@ void bind_blocks(nb::module_& m) {
 
     // Rows of the file interleaved by sixteens; those behind the last whole strip are copied as they are.
     m.def("interleave", [](BlockType type, uintptr_t from, int64_t rows, int64_t k, uintptr_t to) {
-        not_recorded("interleave");
+        not_recorded("weights interleaved");
         const int64_t blocks = blocks_in(type, k), row_bytes = blocks * shape_of(type).bytes, strips = rows / STRIP;
         const uint8_t* source = reinterpret_cast<const uint8_t*>(from);
         uint8_t* strip = reinterpret_cast<uint8_t*>(to);
