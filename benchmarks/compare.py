@@ -4,7 +4,8 @@
     python -m benchmarks.compare --model smollm2 --engines kvshare,kvshare-bf16,transformers,llama.cpp --contexts 512
 
 The engines run in turn, each alone in its process, for several rounds; ratios are taken within a round and their median is quoted.
-Before each round the machine's read bandwidth and bf16 matrix peak are measured: figures from different rounds do not compare.
+Before and after each engine the machine's read bandwidth and bf16 matrix peak are measured, and the higher of the two counts: figures from
+different rounds do not compare.
 llama.cpp is found through LLAMA_CPP_BIN (its programs) and LLAMA_CPP (its source tree, for the converter), vLLM through VLLM_PYTHON.
 """
 
@@ -26,11 +27,13 @@ from rich.console import Console
 
 from benchmarks.engines import ENGINES, engine_named
 from benchmarks.models import Model, prepare
-from benchmarks.report import save_plots, tables
+from benchmarks.report import said, save_plots, tables
 from benchmarks.running import Point, run_engine
 from benchmarks.shapes import SHAPES
 from benchmarks.work import Work
 from kvshare.benchmark.machine import measure, processor_name
+from kvshare.benchmark.profile import profile_from
+from kvshare.benchmark.summary import unfinished
 from kvshare.cli.units import parse_tokens
 from kvshare.doctor.environment import environment
 
@@ -63,10 +66,8 @@ def main() -> None:
     for number in range(options.rounds):
         for row in run_round(number, engines if number % 2 == 0 else engines[::-1], model, work, points, options):
             document["rows"].append(row)
-            document["seconds"] = time.time() - begun
-            if options.json:  # what is there if somebody stops it
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(document, indent=1) + "\n")
+            _write(document, begun, options.json)  # what is there if somebody stops it
+    _write(document, begun, options.json)
     print(tables(document))
     if options.plot:
         save_plots(document, options.plot)
@@ -76,27 +77,39 @@ def run_round(
     number: int, engines: Sequence[str], model: Model, work: Mapping[str, Work], points: Sequence[Point], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Every engine once over all points, each measurement as soon as it is there."""
-    console, machine = Console(stderr=True, highlight=False), asdict(measure())
-    speeds = f"reads {machine['read_gb_s']:.1f} GB/s, multiplies {machine['gemm_gflop_s']:.0f} GFLOP/s"
-    console.print(f"round {number + 1}: {speeds}, load {os.getloadavg()[0]:.2f}")
+    console, before = Console(stderr=True, highlight=False), measure()
+    console.print(f"round {number + 1}: load {os.getloadavg()[0]:.2f}")
     settings = {"decode": options.decode, "dtype": options.dtype}
     for name in engines:
-        file, own = model.file_for(engine_named(name)), work[name]
-        for row in run_engine(name, str(file), points, settings, options.threads, options.limit):
-            needed = {
-                "step_bytes": own.step_bytes(row["context"] + options.decode // 2, row["batch"]),
-                "prompt_flops": own.prompt_flops(row["context"]),
-            }
-            console.print("  ", f"{name}, {row['context']:,} x {row['batch']}: {_said(row)}", markup=False, soft_wrap=True)
-            yield {"round": number, "engine": name, **machine, **needed, **row}
+        file, own, rows = model.file_for(engine_named(name)), work[name], list[dict[str, Any]]()
+        for found in run_engine(name, str(file), points, settings, options.threads, options.limit):
+            needed = own.of(found["context"], found["batch"], options.decode)
+            console.print("  ", f"{name}, {found['context']:,} x {found['batch']}: {_said(found)}", markup=False, soft_wrap=True)
+            rows.append({"round": number, "engine": name, **asdict(before), **needed, **found})
+            yield rows[-1]
+        after = measure()
+        limits = asdict(before.best_of(after))
+        for row in rows:  # they are in the document already
+            row |= limits
+        console.print(f"   reads {after.read_gb_s:.1f} GB/s, multiplies {after.gemm_gflop_s:.0f} GFLOP/s")
+        before = after
+
+
+def _write(document: dict[str, Any], begun: float, file: Path | None) -> None:
+    document["seconds"] = time.time() - begun
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _said(row: Mapping[str, Any]) -> str:
     if "ttft_s" not in row:
-        return row.get("error") or f"not finished in {row['unfinished_s']:.0f} s"
+        return unfinished(row)
     prefill, decode = row["context"] * row["batch"] / row["ttft_s"], row["batch"] / row["decode_s"]
     memory = f"{row['peak_rss_bytes'] / 1e9:.2f} GB, {row['peak_anonymous_bytes'] / 1e9:.2f} anonymous"
-    return f"first token {row['ttft_s']:.2f} s, prefill {prefill:.0f}, decode {decode:.2f} tok/s, {memory}"
+    profile = profile_from(row)
+    where = f"; step: {', '.join(f'{part.name} {said(part)}' for part in profile.parts)}" if profile else ""
+    return f"first token {row['ttft_s']:.2f} s, prefill {prefill:.0f}, decode {decode:.2f} tok/s, {memory}{where}"
 
 
 def _points(contexts: Sequence[int], batches: Sequence[int]) -> list[Point]:

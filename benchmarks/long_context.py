@@ -81,6 +81,8 @@ def fill(cache: Any, count: int, chunk: int) -> None:
 
 def weight_bytes(model: Any) -> int:
     """All weights as they are stored, mapped or not."""
+    import torch
+
     from kvshare.checkpoints.gguf_blocks import PackedBlocks
     from kvshare.kernels.quantized_weight import QuantizedWeight
 
@@ -88,7 +90,7 @@ def weight_bytes(model: Any) -> int:
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, QuantizedWeight):
-                parts = [part.blocks if isinstance(part, PackedBlocks) else part for part in value.parts]
+                parts = [part if isinstance(part, torch.Tensor) else part.blocks for part in value.parts]
             else:
                 parts = [value.blocks] if isinstance(value, PackedBlocks) else []
             held |= {part.data_ptr(): part.nbytes for part in parts}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshare.benchmark.plot import save_plot
+from kvshare.benchmark.profile import Part, StepProfile, profile_from
 from kvshare.benchmark.summary import Summary, summarize
 
 Document = Mapping[str, Any]
@@ -43,7 +44,7 @@ def tables(document: Document, first: str | None = None) -> str:
         "batch",
         "first token s",
         "prefill tok/s",
-        "of GEMM peak",
+        "of GEMM peak (least work)",
         "decode tok/s",
         "of bandwidth",
         f"{first} is faster by (prefill, decode)",
@@ -52,7 +53,30 @@ def tables(document: Document, first: str | None = None) -> str:
         "anonymous GB",
     ]
     parts += [_line(headings), _line(["---"] * len(headings))]
-    return "\n".join(parts + [_line(_cells(each)) for each in summaries])
+    parts += [_line(_cells(each)) for each in summaries]
+    return "\n".join(parts + _profiles(document["rows"]))
+
+
+def _profiles(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A second table, of the round in the middle by step: where the time of kvshare's decode steps goes."""
+    groups: dict[tuple[str, int, int], list[StepProfile]] = {}
+    for each in rows:
+        if found := profile_from(each):
+            groups.setdefault((each["engine"], each["context"], each["batch"]), []).append(found)
+    if not groups:
+        return []
+    headings = ("a decode step of", "context", "batch", "ms", "products", "attention", "small operations", "Python and torch")
+    lines = ["", _line(headings), _line(["---"] * len(headings))]
+    for (engine, context, batch), found in sorted(groups.items(), key=lambda group: (group[0][2], group[0][1], group[0][0])):
+        middle = sorted(found, key=lambda each: each.step_s)[len(found) // 2]
+        lines.append(_line([engine, f"{context:,}", f"{batch}", f"{middle.step_s * 1e3:.1f}", *map(said, middle.parts)]))
+    return lines
+
+
+def said(part: Part) -> str:
+    """Milliseconds, native calls, and bytes that must be read over the time."""
+    calls = "" if part.calls is None else f" in {part.calls} calls"
+    return f"{part.seconds * 1e3:.1f}{calls}" + (f", {part.gb_s:.0f} GB/s" if part.gb_s else "")
 
 
 def save_plots(document: Document, path: Path) -> None:
@@ -92,7 +116,7 @@ def _cells(each: Summary) -> list[str]:
         *place,
         _number(each.ttft_s, "{:.2f}"),
         _number(each.prefill_tok_s, "{:,.0f}"),
-        _number(each.gemm_share, "{:.0%}"),
+        "" if each.gemm_share is None else f"{each.gemm_share:.0%}" + _number(each.least_share, " ({:.0%})"),
         _number(each.decode_tok_s, "{:.2f}" if (each.decode_tok_s or 0) < 100 else "{:.0f}"),
         _number(each.read_share, "{:.0%}"),
         ratios,

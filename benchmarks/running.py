@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from benchmarks.engines import engine_named
@@ -26,7 +26,8 @@ def run_engine(
     """The rows of one engine, a point after the other as they are there. `settings`: what every engine's `run` takes besides.
 
     Loading, and each point, may take `limit` seconds. A point that takes longer ends the process: it is reported as `unfinished_s`, and so
-    is every later one without being tried. An engine that fails reports its last line as `error` for what it did not measure.
+    is every later one without being tried. Nor is one tried whose prompts would take longer at the pace of the one before, since a token of
+    a longer prompt is no less work: `at_least_s`. An engine that fails reports its last line as `error` for what it did not measure.
     """
     engine = engine_named(name)
     python = os.environ.get(engine.python or "", sys.executable)
@@ -39,13 +40,17 @@ def run_engine(
         )
         watch = MemoryWatch(process.pid)
         watch.start()
-        left = list(points)
+        left, pace = list(points), None  # seconds a token of the last prompts, where that already says that the next ones take too long
         try:
             for row in _rows(process, limit):
-                if "context" in row:
-                    left.remove((row["context"], row["batch"]))
-                    yield {**row, "peak_rss_bytes": watch.peak_rss_bytes, "peak_anonymous_bytes": watch.peak_anonymous_bytes}
-            process.wait()
+                if "context" not in row:
+                    continue
+                left.remove((row["context"], row["batch"]))
+                yield {**row, "peak_rss_bytes": watch.peak_rss_bytes, "peak_anonymous_bytes": watch.peak_anonymous_bytes}
+                if pace := pace_of_the_hopeless(row, left, limit):
+                    break
+            else:
+                process.wait()
             errors.seek(0)
             lines = errors.read().strip().splitlines()
             failure: dict[str, Any] = {"error": lines[-1] if lines else f"exit status {process.returncode}"}
@@ -57,7 +62,14 @@ def run_engine(
                 os.killpg(process.pid, signal.SIGKILL)  # its own session: itself and what it started
                 process.wait()
     for context, batch in left:
-        yield {"context": context, "batch": batch, **failure}
+        yield {"context": context, "batch": batch, **({"at_least_s": pace * context * batch, "limit_s": limit} if pace else failure)}
+
+
+def pace_of_the_hopeless(row: Mapping[str, Any], left: Sequence[Point], limit: float) -> float | None:
+    """The seconds a token that prompts took, where all that are left are longer ones and would at that pace already take too long."""
+    pace = row["ttft_s"] / (row["context"] * row["batch"])
+    late = [context >= row["context"] and pace * context * batch > limit for context, batch in left]
+    return pace if late and all(late) else None
 
 
 def _rows(process: subprocess.Popen[str], limit: float) -> Iterator[dict[str, Any]]:

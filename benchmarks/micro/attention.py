@@ -13,7 +13,7 @@ from benchmarks.micro import Result, Timed
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import codec_for
 from kvshare.cache.tables import PageTable, page_runs
-from kvshare.kernels.paged_attention import PagedAttention
+from kvshare.kernels.paged_attention import AttendedRows, PagedAttention
 from kvshare.kernels.row_kind import RowKind, row_kind
 from kvshare.kernels.step_spans import StepSpans, TokenSpan
 from kvshare.kernels.tile_attention import Rows, TileAttention, TileSpan
@@ -107,7 +107,7 @@ class Pages:
     def attention(self, q: Tensor) -> partial[None]:
         """The call in which one query, [1, heads, width], attends to all rows."""
         assert self.kind is not None
-        kernel = PagedAttention(self.arena, self.kv_heads, (self.width, self.width), (self.kind, self.kind), torch.bfloat16)
+        kernel = PagedAttention(self.arena, self.kv_heads, (self.width, self.width), [AttendedRows(self.kind, self.kind)], torch.bfloat16)
         spans = StepSpans([TokenSpan(page_runs(self.tables), self.rows - 1, 1, 0)])
         return partial(kernel.attend, q, torch.empty_like(q), spans, scale=0.05)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from fixtures import tiny_llama
 
-from kvshare import LLM
+from kvshare import LLM, kernels
+from kvshare.benchmark.profile import PROFILED_STEPS
 from kvshare.benchmark.run import measure, room
 from kvshare.benchmark.summary import summarize
 from kvshare.errors import RequestError
@@ -20,13 +21,29 @@ def test_all_sequences_decode_together(tmp_path: Path, batch: int) -> None:
     advance = llm.engine.step
     llm.engine.step = lambda: steps.append(advance()) or steps[-1]
     found = measure(llm, 40, batch, 6, lambda done, total: heard.append((done, total)))
-    assert [len(updates) for updates in steps[-6:]] == [batch] * 6, "a decode step gives every sequence a token"
+    assert [len(updates) for updates in steps[-6 - PROFILED_STEPS :]] == [batch] * (6 + PROFILED_STEPS), (
+        "a decode step gives every sequence a token"
+    )
     assert heard[-1] == (40 * batch + 6, 40 * batch + 6)
     assert found.held_bytes >= batch * llm.layout.held_bytes(45, 1, llm.engine.precision)
     assert found.step_bytes is not None
     assert found.step_bytes > llm.layout.read_bytes(40, batch, llm.engine.precision)
     assert not llm.engine.has_work
     assert llm.arena.num_held == 0
+
+
+def test_a_profile_parts_the_time_of_a_step(tmp_path: Path) -> None:
+    llm = LLM(tiny_llama(tmp_path), dtype="bfloat16", max_context=room(40, 1, 2, 512), progress=False)
+    profile = measure(llm, 40, 1, 2).profile
+    assert sum(part.seconds for part in profile.parts) == pytest.approx(profile.step_s)
+    parts = [part.seconds for part in profile.parts[:3]]
+    assert profile.cache_bytes == llm.layout.read_bytes(40 + 2 + PROFILED_STEPS // 2, 1, "bf16")
+    if kernels.available():
+        assert all(seconds > 0 for seconds in parts)
+        assert profile.attentions == len(llm.layout.layers)
+        assert profile.products > 4 * len(llm.layout.layers)  # and the head
+    else:
+        assert parts == [0, 0, 0]
 
 
 def test_a_context_without_room_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
+from kvshare import kernels
+from kvshare.checkpoints.block_encoding import encode_blocks
+from kvshare.checkpoints.gguf_header import BLOCK_TYPES
 from kvshare.checkpoints.resident import LEAST_BYTES, ResidentMemory, forget_pages
 from kvshare.huge_pages import HUGE_PAGE, empty_huge
+from kvshare.kernels.interleaved_blocks import InterleavedBlocks
+from kvshare.kernels.quantized_weight import QuantizedWeight
 
 
 def test_a_held_tensor_is_a_copy_with_the_same_numbers() -> None:
@@ -20,6 +26,19 @@ def test_a_held_tensor_is_a_copy_with_the_same_numbers() -> None:
         assert after.dtype == before.dtype
         assert after.data_ptr() != before.data_ptr()
         assert after.data_ptr() % 64 == 0
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
+def test_held_blocks_are_interleaved_and_multiply_alike() -> None:
+    form = next(form for form in BLOCK_TYPES.values() if form.name == "Q8_0")
+    packed = encode_blocks(torch.randn(500, 256, generator=torch.Generator().manual_seed(0)), form)
+    held, x = ResidentMemory().hold_blocks(packed), torch.randn(2, 256, generator=torch.Generator().manual_seed(1))
+    assert isinstance(held, InterleavedBlocks)
+    assert held.blocks.nbytes == packed.blocks.nbytes
+    assert torch.equal(QuantizedWeight([held]).matmul(x), QuantizedWeight([packed]).matmul(x))
+    refused = ResidentMemory(left_free=1.0)
+    assert refused.hold_blocks(packed) is packed
+    assert refused.refused_bytes == packed.blocks.nbytes
 
 
 def test_small_tensors_and_strided_ones_stay_where_they_are() -> None:

@@ -23,11 +23,12 @@ def test_every_point_of_every_round_is_in_the_json(command: Command, tiny: Path,
 
 
 def test_the_table_has_a_line_for_each_point(command: Command, tiny: Path) -> None:
-    result = command("bench", tiny, *SHORT, "--kv-dtype", "int8")
+    result = command("bench", tiny, *SHORT, "--kv-dtype", "int8", "--profile")
     assert result.status == 0, result.err
     assert "int8 cache" in result.out
     lines = [line.split() for line in result.out.splitlines()]
-    assert [line[:2] for line in lines if line and line[0] in ("32", "64")] == [["32", "1"], ["64", "1"]]
+    assert [line[:2] for line in lines if line and line[0] in ("32", "64")] == [["32", "1"], ["64", "1"]] * 2
+    assert result.out.count("Python and torch") == 2
 
 
 @pytest.mark.parametrize(

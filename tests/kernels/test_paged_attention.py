@@ -12,7 +12,7 @@ from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import codec_for
 from kvshare.cache.tables import PageTable, page_runs
-from kvshare.kernels.paged_attention import PagedAttention
+from kvshare.kernels.paged_attention import AttendedRows, PagedAttention
 from kvshare.kernels.row_kind import row_kind
 from kvshare.kernels.step_spans import StepSpans, TokenSpan
 from kvshare.layers.attention import attention
@@ -77,7 +77,8 @@ class Case:
         kinds = row_kind(named[0]), row_kind(named[1])
         assert kinds[0] is not None
         assert kinds[1] is not None
-        self.kernel = PagedAttention(self.arena, self.kv_heads, (key_width, value_width), (kinds[0], kinds[1]), dtype, window=window)
+        rows = [AttendedRows(kinds[0], kinds[1], window=window)]
+        self.kernel = PagedAttention(self.arena, self.kv_heads, (key_width, value_width), rows, dtype)
         self.scale = key_width**-0.5
 
     def run(self, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
@@ -145,7 +146,7 @@ def test_queries_make_up_for_balanced_keys(codec: str, isa: str) -> None:
     case = Case((2, 3, 64, 64), [150, 33], torch.float32, None, (codec, codec))
     kind = row_kind(codec_for(precision_named(codec), Stream("v", 2, 64)))
     assert kind is not None
-    case.kernel = PagedAttention(case.arena, 2, (64, 64), (kind, kind), torch.float32, balance)
+    case.kernel = PagedAttention(case.arena, 2, (64, 64), [AttendedRows(kind, kind)], torch.float32, balance)
     for each in case.rows:
         each[0] = each[0] * balance
     case.scale /= 8

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvshare.errors import ConfigError
 from kvshare.layout import PRECISIONS, CacheLayout, LayerCache, State, Stream
+from kvshare.layout.precision import read_precision
 
 
 @dataclass
@@ -39,7 +41,9 @@ class Pages:
 
 def simulated(layout: CacheLayout, precision: str) -> list[Pages]:
     return [
-        Pages(stream, layout.rows_per_page(index, stream, precision)) for index in layout.owners for stream in layout.layers[index].streams
+        Pages(stream, layout.rows_per_page(index, stream, precision))
+        for index in layout.owners
+        for stream in layout.stored_in(precision).layers[index].streams
     ]
 
 
@@ -104,6 +108,55 @@ def test_held_pages_are_exact_around_every_boundary(window: int, pages: int, tok
                 one.append(context)
                 one.free()
             assert layout.held_pages(context, precision) == sum(len(one.held) for one in simulation)
+
+
+@settings(deadline=None)
+@given(st.one_of(st.none(), st.integers(1, 70)), st.integers(1, 80), st.integers(0, 400), st.integers(1, 90), st.integers(1, 3))
+def test_newest_rows_are_counted_as_they_are_held(window: int | None, newest: int, context: int, chunk: int, batch: int):
+    """Encoded rows as if there were no others, and beside them the newest in 16 bits; a window of no more than these in 16 bits alone."""
+    streams = (Stream("k", 2, 64, window=window), Stream("v", 2, 96, window=window), Stream("entry", 1, 64, tokens_per_row=4))
+    layout, precision = CacheLayout((LayerCache("owner", 0, streams), LayerCache("reader", 0))), f"rot4+{newest}"
+    live = min(context, window or context)
+    encoded = live * layout.layers[0].streams[0].row_bytes(PRECISIONS["rot4"]) + live * layout.layers[0].streams[1].row_bytes(
+        PRECISIONS["rot4"]
+    )
+    plain = 2 * 2 * (64 + 96)
+    pair = live * plain if window is not None and window <= newest else encoded + min(context, newest) * plain
+    assert layout.bytes(context, 1, precision) == pair + context // 4 * (64 // 2 + 2)
+    pages = simulated(layout, precision)
+    assert len(pages) == (3 if window is not None and window <= newest else 5)
+    done = 0
+    while done < context:
+        size = min(chunk, context - done)
+        for one in pages:
+            one.append(size)
+        assert sum(len(one.held) for one in pages) <= layout.peak_pages(context, 1, precision, chunk)
+        for one in pages:
+            one.free()
+        done += size
+    assert layout.held_pages(context, precision) == sum(len(one.held) for one in pages)
+    assert layout.stored_in(precision).stored_in(precision) == layout.stored_in(precision)
+    assert layout.peak_pages(context, batch, precision, chunk) >= batch * layout.held_pages(context, precision)
+    read = (
+        min(live, newest) * plain
+        if window is not None and window <= newest
+        else encoded * max(0, live - newest) // max(1, live) + min(live, newest) * plain
+    )
+    assert layout.read_bytes(context, 1, precision) == 2 * (read + context // 4 * (64 // 2 + 2))
+
+
+@pytest.mark.parametrize("name", ["rot4+", "rot4+0", "rot4+x", "rot4+-1", "bf16+32", "fp32+1", "native+8", "nothing+8", "+8", "rot4+8+8"])
+def test_precisions_that_keep_no_newest_rows_are_refused(name: str):
+    with pytest.raises(ConfigError, match="kv_dtype"):
+        read_precision(name, CacheLayout((LayerCache("full", 0, (Stream("k", 1, 8), Stream("v", 1, 8))),)))
+
+
+@pytest.mark.parametrize("names", [("k_rotated", "v"), ("v",), ("entry", "index")])
+def test_owners_without_whole_keys_keep_no_newest_rows(names: tuple[str, ...]):
+    layout = CacheLayout((LayerCache("full", 0, tuple(Stream(name, 1, 8) for name in names)),))
+    with pytest.raises(ConfigError, match="layer 0 stores"):
+        read_precision({0: "rot4+4"}, layout)
+    assert read_precision({0: "rot4"}, layout) == {0: "rot4"}
 
 
 @settings(deadline=None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvshare.benchmark.profile import PROFILED_STEPS, StepProfile, profile_steps
 from kvshare.benchmark.work import step_bytes, weight_bytes
 from kvshare.engine.llm import LLM
 from kvshare.engine.sampling import SamplingParams
@@ -22,6 +23,7 @@ class Measurement:
     held_bytes: int  # of the cache, between steps
     peak_bytes: int  # of the cache, inside a step
     step_bytes: int | None  # that a decode step reads: weights and cached rows
+    profile: StepProfile
 
     @property
     def prefill_tok_s(self) -> float:
@@ -34,7 +36,7 @@ class Measurement:
 
 def room(context: int, batch: int, decode: int, chunk: int) -> int:
     """Tokens that a sequence can reach: the first ones already decode while the others' prompts are read."""
-    return context + decode + 2 + (2 * batch * -(-context // chunk) + batch if batch > 1 else 0)
+    return context + decode + PROFILED_STEPS + 2 + (2 * batch * -(-context // chunk) + batch if batch > 1 else 0)
 
 
 def warm_up(llm: LLM) -> None:
@@ -45,7 +47,7 @@ def warm_up(llm: LLM) -> None:
 def measure(
     llm: LLM, context: int, batch: int, decode: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Measurement:
-    """One prompt of random tokens for each sequence, then `decode` steps of all of them together.
+    """One prompt of random tokens for each sequence, then `decode` steps of all of them together, then some more under a stopwatch.
 
     `progress` hears of tokens. Raises `RequestError` where `room(...)` is more than the model's context.
     """
@@ -55,7 +57,7 @@ def measure(
     )
     prompts = torch.randint(5, llm.model.vocab_size, (batch, context), generator=torch.Generator().manual_seed(context)).tolist()
     llm.arena.reset_peak()
-    ids, total = [], batch * context + decode
+    ids, total, weights = [], batch * context + decode, weight_bytes(llm.model)
     try:
         begun = time.perf_counter()
         for prompt in prompts:
@@ -70,13 +72,13 @@ def measure(
             engine.step()
             progress(batch * context + step + 1, total)
         seconds = (time.perf_counter() - begun) / decode
-        held = llm.arena.held_bytes
+        held, peak = llm.arena.held_bytes, llm.arena.peak_bytes
+        profile = profile_steps(llm, context + decode, batch, weights.whole if weights else None)
     finally:
         for request in ids:
             engine.cancel(request)
-    weights = weight_bytes(llm.model)
     read = None if weights is None else step_bytes(weights, llm.layout, context + decode // 2, batch, engine.precision)
-    return Measurement(context, batch, ttft, seconds, held, llm.arena.peak_bytes, read)
+    return Measurement(context, batch, ttft, seconds, held, peak, read, profile)
 
 
 def measure_all(

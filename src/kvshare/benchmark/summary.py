@@ -10,14 +10,15 @@ from typing import Any
 
 from kvshare.benchmark.machine import Machine
 from kvshare.benchmark.run import Measurement
+from kvshare.benchmark.work import PromptFlops
 
 Row = Mapping[str, Any]
 """One measurement as JSON: what `row` returns, and what was seen from outside (memory); or `unfinished_s`, or `error`."""
 
 
-def row(number: int, engine: str, measured: Measurement, machine: Machine, prompt_flops: int | None) -> dict[str, Any]:
+def row(number: int, engine: str, measured: Measurement, machine: Machine, flops: PromptFlops | None) -> dict[str, Any]:
     """A measurement beside what the machine did in the same round."""
-    return {"round": number, "engine": engine, **asdict(machine), **asdict(measured), "prompt_flops": prompt_flops}
+    return {"round": number, "engine": engine, **asdict(machine), **asdict(measured), **(flops._asdict() if flops else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Summary:
     ttft_s: float | None = None
     prefill_tok_s: float | None = None
     gemm_share: float | None = None  # operations that the prompt needs, over what the round's GEMM peak allows in that time
+    least_share: float | None = None  # the same without what the last owner makes of rows that nobody asks for
     decode_tok_s: float | None = None  # of all sequences together
     read_gb_s: float | None = None  # that a decode step must read over the time it took
     read_share: float | None = None  # of the round's read bandwidth
@@ -55,12 +57,18 @@ def summarize(rows: Iterable[Row], first: str | None = None) -> list[Summary]:
     ]
 
 
+def unfinished(each: Row) -> str:
+    """Why there is no figure."""
+    if "at_least_s" in each:
+        return f"longer than {each['limit_s']:.0f} s: {each['at_least_s']:.0f} s already at the pace of the shorter prompt; not tried"
+    return each.get("error") or f"not finished in {each['unfinished_s']:.0f} s"
+
+
 def _summary(batch: int, context: int, engine: str, by_round: Mapping[int, Row], firsts: Mapping[int, Row]) -> Summary:
     done = {number: each for number, each in by_round.items() if "ttft_s" in each}
     if not done:
         why = next(iter(by_round.values()))
-        note = why.get("error") or f"not finished in {why['unfinished_s']:.0f} s"
-        return Summary(engine, context, batch, 0, note=note)
+        return Summary(engine, context, batch, 0, note=unfinished(why))
     common = [number for number in done if "ttft_s" in firsts.get(number, {})]
 
     def median(value: Callable[[Row], float | None]) -> float | None:
@@ -77,6 +85,9 @@ def _summary(batch: int, context: int, engine: str, by_round: Mapping[int, Row],
     def read(each: Row) -> float | None:
         return each["step_bytes"] / each["decode_s"] / 1e9 if each.get("step_bytes") else None
 
+    def share(each: Row, flops: str) -> float | None:
+        return each[flops] * batch / each["ttft_s"] / 1e9 / each["gemm_gflop_s"] if each.get(flops) else None
+
     return Summary(
         engine,
         context,
@@ -84,9 +95,8 @@ def _summary(batch: int, context: int, engine: str, by_round: Mapping[int, Row],
         len(done),
         ttft_s=median(lambda each: each["ttft_s"]),
         prefill_tok_s=median(lambda each: context * batch / each["ttft_s"]),
-        gemm_share=median(
-            lambda each: each["prompt_flops"] * batch / each["ttft_s"] / 1e9 / each["gemm_gflop_s"] if each.get("prompt_flops") else None
-        ),
+        gemm_share=median(lambda each: share(each, "prompt_flops")),
+        least_share=median(lambda each: share(each, "least_flops")),
         decode_tok_s=median(lambda each: batch / each["decode_s"]),
         read_gb_s=median(read),
         read_share=median(lambda each: None if (speed := read(each)) is None else speed / each["read_gb_s"]),

@@ -9,7 +9,7 @@ import torch
 from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
-from kvshare.kernels.paged_attention import PagedAttention
+from kvshare.kernels.paged_attention import AttendedRows, PagedAttention
 from kvshare.kernels.row_kind import WIDEST, kind_and_balance, row_kind
 from kvshare.layout import CacheLayout, LayerCache, Stream
 
@@ -32,24 +32,28 @@ class NativeAttention:
 
     def _bind(self, owner: int, arena: Arena, dtype: torch.dtype) -> PagedAttention | None:
         streams = keys_and_values(self.layout.layers[owner])
-        if streams is None or not kernels.available() or arena.pages.device.type != "cpu":
+        if not streams or not kernels.available() or arena.pages.device.type != "cpu":
             return None
-        k, v = streams
-        (keys, balance), values = kind_and_balance(self.codecs[owner, k.name]), row_kind(self.codecs[owner, v.name])
-        if keys is None or values is None or not (keys.takes(dtype) and values.takes(dtype)) or max(k.width, v.width) > WIDEST:
-            return None
-        tables = self._tables.index((owner, k.name)), self._tables.index((owner, v.name))
-        return PagedAttention(arena, k.heads, (k.width, v.width), (keys, values), dtype, balance, tables, k.window)
+        attended, balance = [], None
+        for k, v in streams:
+            (keys, balance), values = kind_and_balance(self.codecs[owner, k.name]), row_kind(self.codecs[owner, v.name])
+            if keys is None or values is None or not (keys.takes(dtype) and values.takes(dtype)) or max(k.width, v.width) > WIDEST:
+                return None
+            tables = self._tables.index((owner, k.name)), self._tables.index((owner, v.name))
+            attended.append(AttendedRows(keys, values, tables, k.window, k.behind))
+        k, v = streams[0]
+        return PagedAttention(arena, k.heads, (k.width, v.width), attended, dtype, balance)
 
 
-def keys_and_values(layer: LayerCache) -> tuple[Stream, Stream] | None:
-    """The streams of a layer that stores whole keys and values, a row a token, or one vector that is both. None for every other kind."""
-    streams = {stream.name: stream for stream in layer.streams}
+def keys_and_values(layer: LayerCache) -> list[tuple[Stream, Stream]]:
+    """Keys and values of a layer that stores them whole, a row a token, or one vector that is both; behind them those of its newest rows.
+
+    Empty for every other kind of layer.
+    """
     if layer.borrowed or any(stream.tokens_per_row != 1 or stream.top_k for stream in layer.streams):
-        return None
-    if set(streams) == {"k", "v"}:
-        k, v = streams["k"], streams["v"]
-        return (k, v) if (k.heads, k.window) == (v.heads, v.window) else None
-    if len(streams) == 1 and set(streams) <= {"kv", "latent"}:
-        return layer.streams[0], layer.streams[0]
-    return None
+        return []
+    names = {stream.source for stream in layer.streams}
+    if names == {"k", "v"}:
+        pairs = list(zip(*([s for s in layer.streams if s.source == name] for name in ("k", "v")), strict=True))
+        return pairs if all((k.heads, k.window, k.behind) == (v.heads, v.window, v.behind) for k, v in pairs) else []
+    return [(stream, stream) for stream in layer.streams] if names in ({"kv"}, {"latent"}) else []

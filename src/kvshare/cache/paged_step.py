@@ -12,13 +12,11 @@ from torch import Tensor
 from kvshare import kernels
 from kvshare.cache.codecs import Codec, codec_for
 from kvshare.cache.codecs.raw import RawCodec
-from kvshare.cache.native_attention import NativeAttention, keys_and_values
-from kvshare.cache.native_selection import NativeSelection
+from kvshare.cache.native_attention import NativeAttention
 from kvshare.cache.step import KeyRebuild, Step, state_named
 from kvshare.cache.tables import SequenceCache
 from kvshare.cache.tiled_attention import TiledAttention
 from kvshare.kernels.row_kind import RowEncoder, row_encoder
-from kvshare.kernels.row_selection import SelectionSpan
 from kvshare.kernels.step_spans import StepSpans, TokenSpan
 from kvshare.layout import CacheLayout, PrecisionChoice, Stream
 
@@ -30,7 +28,7 @@ class PagedCache:
 
     def __init__(self, layout: CacheLayout, precision: PrecisionChoice, balance: Mapping[int, Tensor] | None = None):
         """`balance` is the model's `key_balance()`."""
-        self.layout = layout
+        self.layout = layout = layout.stored_in(precision)
         self.codecs: dict[tuple[int, str], Codec] = {}  # by owner and stream
         self.encoders: dict[tuple[int, str], RowEncoder | None] = {}  # what does a codec's work natively
         self.row_bytes: dict[tuple[int, str], int] = {}
@@ -42,11 +40,8 @@ class PagedCache:
                 self.encoders[owner, stream.name] = row_encoder(self.codecs[owner, stream.name], stream.heads, stream.width)
                 self.row_bytes[owner, stream.name] = stream.row_bytes(form)
                 self.tables[owner, stream.name] = len(self.tables), layout.rows_per_page(owner, stream, precision), stream.row_bytes(form)
-        found = {owner: keys_and_values(layout.layers[owner]) for owner in layout.owners}
-        self.keys_and_values = {owner: streams for owner, streams in found.items() if streams is not None}
         self.native_attention = NativeAttention(layout, self.codecs)
         self.tiled_attention = TiledAttention(layout, self.codecs)
-        self.native_selection = NativeSelection(layout, self.codecs)
         self.read_again = frozenset(owner for owner in layout.owners if layout.readers(owner))
         self.state_places: dict[tuple[int, str], list[tuple[int, int, int]]] = {}  # (which state page, first byte, end), in order
         start = 0
@@ -105,7 +100,7 @@ class PagedStep(Step):
         singles, spans = False, []
         for sequence, span in enumerate(self.spans):
             tables = self.caches[sequence].tables
-            if many is not None and span.count and (single is None or many.takes(span.count, q.shape[1], entries)):
+            if many is not None and span.count and many.takes(span.count, q.shape[1], entries):
                 spans.append(many.span(span.start, span.count, tables, entries))
             elif single is not None and span.count == 1:
                 singles = True
@@ -116,14 +111,6 @@ class PagedStep(Step):
         if many is not None and spans:
             many.kernel.attend(q, out, self.positions, spans, scale=scale, softcap=softcap, sinks=sinks)
         return out
-
-    def _select(self, owner: int, stream: Stream, q: Tensor, weights: Tensor, top_k: int) -> Tensor:
-        kernel = self.cache.native_selection.of(owner, self.caches[0].arena) if q.dtype == torch.bfloat16 else None
-        if kernel is None:
-            return super()._select(owner, stream, q, weights, top_k)
-        tables = [cache.tables[owner, stream.name] for cache in self.caches]
-        spans = [SelectionSpan(span.start, span.count, table) for span, table in zip(self.spans, tables, strict=True) if span.count]
-        return kernel.select(q, weights.float(), self.positions, spans, top_k)
 
     @property
     def native_spans(self) -> StepSpans:

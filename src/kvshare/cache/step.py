@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from kvshare.layers.attention import attention
-from kvshare.layers.indexer import select_rows
 from kvshare.layout import CacheLayout, LayerCache, State, Stream
 
 KeyRebuild = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -86,7 +85,7 @@ class Step(ABC):
         if self._is_tail or self.layout.owner[layer] != layer:
             raise RuntimeError(f"layer {layer} reads layer {self.layout.owner[layer]} and never writes")
         for stream in self.layout.layers[layer].streams:
-            values = rows[stream.name]
+            values = rows[stream.source]
             count = len(self.positions) if stream.tokens_per_row == 1 else sum(b - a for a, b in self._all_new_rows(stream))
             if count != values.shape[0]:
                 raise RuntimeError(f"layer {layer} appended {values.shape[0]} rows of {stream.name!r}; this step has {count}")
@@ -100,7 +99,7 @@ class Step(ABC):
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,  # [query_heads]
-        entries: Tensor | None = None,  # [tokens, k] what `select` chose
+        entries: Tensor | None = None,  # [tokens, k] rows chosen by an indexer, -1 for none
         rebuild: KeyRebuild | None = None,
     ) -> Tensor:  # [tokens, query_heads, value_width]
         """Attention of the step's queries over the rows of `layer`'s owner that each may see, new ones included.
@@ -117,27 +116,6 @@ class Step(ABC):
         if not outs:
             return q.new_empty(0, q.shape[1], self.layout.layers[owner].value_width)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    @torch.no_grad()  # a choice has no gradient
-    def select(self, layer: int, q: Tensor, weights: Tensor, top_k: int) -> Tensor | None:
-        """The rows that an indexer lets each query attend to: int64 [tokens, top_k], ascending, -1 behind the last.
-
-        None if no query sees more than `top_k`. `q` [tokens, index heads, width], `weights` [tokens, index heads] (with 1 / sqrt(width) and
-        the heads' own scale in them). Keys are the owner's stream "index", where this step's are already appended.
-        """
-        owner = self.layout.owner[layer]
-        stream = self.layout.layers[owner].stream("index")
-        if all((span.last + 1) // stream.tokens_per_row <= top_k for span in self.spans):
-            return None
-        return self._select(owner, stream, q, weights, top_k)
-
-    def _select(self, owner: int, stream: Stream, q: Tensor, weights: Tensor, top_k: int) -> Tensor:
-        visible = (self.positions + 1) // stream.tokens_per_row
-        chosen = []
-        for sequence, span in enumerate(self.spans):
-            part, keys = slice(span.start, span.end), self.rows(owner, "index", sequence)[:, 0]
-            chosen.append(select_rows(q[part], weights[part], keys, visible[part], top_k))
-        return torch.cat(chosen)
 
     def rows(self, layer: int, stream: str, sequence: int) -> Tensor:  # [rows, heads, width]
         """All live rows of one stream of `layer`'s owner, from the first that this step's queries may see."""
@@ -237,11 +215,11 @@ class Step(ABC):
         limits = {}
         for stream in layer.streams:
             first, _ = self._live(stream, span.first, sequence)
-            limits[stream.name] = (first, (span.last + 1) // stream.tokens_per_row)
+            limits[stream.name] = (first, max(first, (span.last + 1) // stream.tokens_per_row - stream.behind))
         streams = _key_streams(layer)
         chosen = entries[span.start : span.end] if entries is not None and any(stream.top_k for stream in streams) else None
         if chosen is not None and span.count == 1:  # a decode step reads no more than what was selected
-            rows = chosen[chosen >= 0]
+            rows = chosen[chosen >= 0].sort().values
             selected = {s.name: self._read_rows(owner, s, sequence, rows) for s in streams if s.top_k}
             read = {s.name: selected[s.name] if s.top_k else self._read(owner, s, sequence, *limits[s.name]) for s in streams}
             return *_keys_and_values(layer, read, limits, rebuild, q), None, False
@@ -258,13 +236,13 @@ class Step(ABC):
     def _mask(self, stream: Stream, limits: tuple[int, int], span: Span, q: Tensor, chosen: Tensor | None) -> Tensor:
         """What hides rows of a stream (`limits`: first, end) from the queries: an additive mask [queries, rows] in q's dtype."""
         first, end = limits
-        key = (span, first, end, stream.tokens_per_row, stream.window, q.dtype)
+        key = (span, first, end, stream.tokens_per_row, stream.window, stream.behind, q.dtype)
         chosen = chosen if stream.top_k else None
         if chosen is None and key in self._masks:
             return self._masks[key]
         newest = (self.positions[span.start : span.end, None] + 1) // stream.tokens_per_row  # rows in front of this one are complete
         row = torch.arange(first, end, device=q.device)[None]
-        hidden = row >= newest
+        hidden = row >= newest - stream.behind
         if stream.window is not None:
             hidden |= row < newest - stream.window
         if chosen is not None:
@@ -287,7 +265,7 @@ def _key_streams(layer: LayerCache) -> tuple[Stream, ...]:
     """The streams whose rows stand behind one another in the keys of a layer."""
     names = [stream.name for stream in layer.streams]
     main = "k" if "k" in names else "v" if "v" in names else None
-    return tuple(s for s in layer.streams if (s.name == main if main else s.name != "index"))
+    return tuple(s for s in layer.streams if (s.source == main if main else s.name != "index"))
 
 
 def _keys_and_values(
@@ -295,7 +273,8 @@ def _keys_and_values(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values from the rows of a layer's streams."""
     if "k" in read:
-        return read["k"], read["v"]
+        keys, values = ([read[name] for name in (main, f"{main}_newest") if name in read] for main in ("k", "v"))
+        return (torch.cat(keys), torch.cat(values)) if len(keys) > 1 else (keys[0], values[0])
     if "v" in read:
         if rebuild is None:
             raise RuntimeError(f"a {layer.kind} layer that stores {', '.join(read)} needs its keys rebuilt")

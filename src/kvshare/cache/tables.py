@@ -65,10 +65,11 @@ class SequenceCache:
     def __init__(self, layout: CacheLayout, arena: Arena, precision: PrecisionChoice = "bf16"):
         self.layout, self.arena, self.precision = layout, arena, precision
         self.num_tokens = 0
+        stored = layout.stored_in(precision)
         self.tables = {
-            (owner, stream.name): PageTable(owner, stream, layout.rows_per_page(owner, stream, precision))
+            (owner, stream.name): PageTable(owner, stream, stored.rows_per_page(owner, stream, precision))
             for owner in layout.owners
-            for stream in layout.layers[owner].streams
+            for stream in stored.layers[owner].streams
         }
         self.state_pages: list[int] = []
         self._tokens_placed = 0  # so many tokens have their places, in pages that nobody else holds

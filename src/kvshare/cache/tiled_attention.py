@@ -9,6 +9,7 @@ from torch import Tensor
 from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
+from kvshare.cache.native_attention import keys_and_values
 from kvshare.cache.tables import PageTable
 from kvshare.kernels.row_kind import WIDEST, kind_and_balance, row_kind
 from kvshare.kernels.tile_attention import Rows, TileAttention, TileSpan
@@ -25,14 +26,20 @@ class TiledRows:
         self.owner, self.kinds, self.kernel = owner, kinds, kernel
 
     def takes(self, count: int, query_heads: int, entries: Tensor | None) -> bool:
-        """Whether the kernel is the way for `count` queries of one sequence, rather than the one for single queries."""
+        """Whether the kernel is the way for `count` queries of one sequence; `entries` as in `Step.attend`."""
         selected = entries is not None and any(k.top_k for k, _ in self.kinds)
-        return count > 1 or selected or len(self.kinds) > 1 or query_heads >= MANY_HEADS * self.kernel.kv_heads
+        if count == 1:
+            return selected or len(self.kinds) > 1 or query_heads >= MANY_HEADS * self.kernel.kv_heads
+        return not selected  # each query would have rows of its own
 
     def span(self, start: int, count: int, tables: Mapping[tuple[int, str], PageTable], entries: Tensor | None) -> TileSpan:
         """Queries `start : start + count` of the batch, of the sequence whose tables these are."""
-        chosen = None if entries is None else entries[start : start + count]
-        rows = [Rows(tables[self.owner, k.name], tables[self.owner, v.name], chosen if k.top_k else None) for k, v in self.kinds]
+        rows = []
+        for k, v in self.kinds:
+            chosen = None
+            if entries is not None and k.top_k:
+                chosen = entries[start][entries[start] >= 0].long().sort().values
+            rows.append(Rows(tables[self.owner, k.name], tables[self.owner, v.name], chosen))
         return TileSpan(start, count, rows)
 
 
@@ -68,13 +75,13 @@ class TiledAttention:
 
 def attended_kinds(layer: LayerCache) -> list[tuple[Stream, Stream]]:
     """Keys and values of each kind of row in a layer that stores whole keys, of even and equal widths; none for every other layer."""
-    streams = {stream.name: stream for stream in layer.streams if stream.name != "index"}
+    streams = [stream for stream in layer.streams if stream.name != "index"]
+    names = {stream.source for stream in streams}
     if layer.borrowed:
         return []
-    if set(streams) == {"k", "v"}:
-        k, v = streams["k"], streams["v"]
-        kinds = [(k, v)] if (k.heads, k.window, k.tokens_per_row) == (v.heads, v.window, v.tokens_per_row) else []
+    if names == {"k", "v"}:
+        kinds = keys_and_values(layer)
     else:
-        kinds = [(stream, stream) for stream in streams.values()] if set(streams) <= {"kv", "entry", "latent"} else []
+        kinds = [(stream, stream) for stream in streams] if names <= {"kv", "entry", "latent"} else []
     shapes = {(k.heads, k.width, v.width) for k, v in kinds}
     return kinds if len(shapes) == 1 and not any(width % 2 for _, *widths in shapes for width in widths) else []

@@ -2,6 +2,7 @@
 
 A file's pages are 4 KiB each, and hardware prefetching stops at the end of every one. Kernels multiplied weights a fifth faster from
 anonymous memory in pages of 2 MiB (`docs/benchmarks.md`). Tables of which a step reads a few rows stay where they are in the file.
+Blocks are interleaved on the way: the same bytes, in the order in which the products read them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.mapped_rows import advise
 from kvshare.huge_pages import empty_huge
+from kvshare.kernels.interleaved_blocks import InterleavedBlocks, interleave
 
 LEAST_BYTES = 64 << 10  # smaller tensors are not worth a copy
 _LINE = 64  # bytes; where a tensor begins
@@ -33,14 +36,23 @@ class ResidentMemory:
 
     def hold(self, tensor: Tensor) -> Tensor:
         """The same tensor in this memory; itself where it is small or lies on a device, or where memory is short."""
+        place = self._room_for(tensor)
+        return tensor if place is None else place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def hold_blocks(self, packed: PackedBlocks) -> PackedBlocks | InterleavedBlocks:
+        """The same matrix in this memory, in the order that the kernels like best; itself where a tensor would stay where it is."""
+        place = self._room_for(packed.blocks)
+        return packed if place is None else interleave(packed, place)
+
+    def _room_for(self, tensor: Tensor) -> Tensor | None:  # uint8 [tensor.nbytes]
         if tensor.nbytes < LEAST_BYTES or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return tensor
+            return None
         if self._used + tensor.nbytes > len(self._block) and not self._grow(tensor.nbytes):
             self.refused_bytes += tensor.nbytes
-            return tensor
+            return None
         place = self._block[self._used : self._used + tensor.nbytes]
         self._used += -(-tensor.nbytes // _LINE) * _LINE
-        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return place
 
     def _grow(self, num_bytes: int) -> bool:
         size = max(_BLOCK_BYTES, num_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -186,7 +186,7 @@ def _make_block_layer(
     path = name.removesuffix(".weight")
     parts = [checkpoint.packed(part) or checkpoint.get(part, torch.bfloat16).contiguous() for part in source.names]
     if resident:
-        parts = [resident.hold(part) if isinstance(part, Tensor) else replace(part, blocks=resident.hold(part.blocks)) for part in parts]
+        parts = [resident.hold(part) if isinstance(part, Tensor) else resident.hold_blocks(part) for part in parts]
     model.set_submodule(path, quantized_layer(model.get_submodule(path), parts, dtype))
 
 

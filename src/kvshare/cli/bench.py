@@ -28,6 +28,7 @@ def bench(
     kv_dtype: options.KVDtype = None,
     kv_layout: options.KVLayout = "plain",
     dtype: options.Dtype = "auto",
+    profile: Annotated[bool, typer.Option("--profile", help="Also show where a decode step's time goes.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw speed against context into this .svg or .png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every measurement as JSON and nothing else on stdout.")] = False,
 ) -> None:
@@ -57,6 +58,8 @@ def bench(
         typer.echo(json.dumps(found, indent=2))
     else:
         _print(found, summaries)
+        if profile:
+            _print_profiles(found["rows"])
     if plot is not None:
         save_plot(summaries, f"{model} on {found['processor']}, {found['threads']} threads", plot)
         typer.echo(f"plot written to {plot}", err=True)
@@ -81,11 +84,11 @@ def _measure(
 
     config = resolve(str(locate(model))).config
     limit = layout_from_config(config).max_context
-    if limit is not None and max(contexts) + decode > limit:
-        raise RequestError(
-            f"--context {max(contexts):,} and {decode} tokens behind it are more than the {limit:,} that {model} was made for"
-        )
     longest = max(run.room(length, count, decode, chunk=512) for length in contexts for count in batches)
+    if limit is not None and longest > limit:
+        raise RequestError(
+            f"--context {max(contexts):,} and {longest - max(contexts)} tokens behind it are more than {model} takes: {limit:,}"
+        )
     llm = options.load_llm(model, max_context=str(longest), max_sequences=max(batches), **loading)
     plain = build_model(config, torch.bfloat16)
     flops = {length: prompt_flops(plain, config, length) for length in contexts}
@@ -146,6 +149,29 @@ def _print(found: dict[str, Any], summaries: Sequence[Summary]) -> None:
         cells += [_speed(each.decode_tok_s), _share(each.read_share), format_bytes(each.held_bytes)]
         table.add_row(*cells)
     console.print(table)
+
+
+def _print_profiles(rows: Sequence[Any]) -> None:
+    """Of the last round, a line for each part of a step."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvshare.benchmark.profile import profile_from
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in ("\ncontext", "\nbatch", "\na decode step's", "\nms", "of the\nstep", "native\ncalls", "\nGB/s"):
+        table.add_column(heading, justify="left" if heading.endswith("'s") else "right", no_wrap=True)
+    for each in rows:
+        found = profile_from(each)
+        if found is None or each["round"] != rows[-1]["round"]:
+            continue
+        place = (f"{each['context']:,}", f"{each['batch']:,}")
+        for part in found.parts:
+            calls, speed = "" if part.calls is None else f"{part.calls}", f"{part.gb_s:.1f}" if part.gb_s else ""
+            table.add_row(*place, part.name, f"{part.seconds * 1e3:.2f}", f"{part.seconds / found.step_s:.0%}", calls, speed)
+            place = ("", "")
+    Console(highlight=False).print(table)
 
 
 def _seconds(value: float | None) -> str:

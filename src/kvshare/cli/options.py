@@ -65,7 +65,10 @@ WeightCache = Annotated[
         help="Keep weights that were quantized at load on disk (in $KVSHARE_CACHE or the user's cache), and map them the next time.",
     ),
 ]
-KV_DTYPES = "bf16, fp16, fp32, fp8, int8, int4, rot9, rot8, rot4, rot3, rot2 (rotated), native (DeepSeek's own)"
+KV_DTYPES = (
+    "bf16, fp16, fp32, fp8, int8, int4, rot9, rot8, rot4, rot3, rot2 (rotated), native (DeepSeek's own), "
+    "one of them with the newest rows in bf16 (rot4+32)"
+)
 KVDtype = Annotated[
     str | None,
     typer.Option(

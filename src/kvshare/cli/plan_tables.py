@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvshare.cli.units import format_bytes, format_count
-from kvshare.layout import KINDS, CacheLayout, LayerCache, PrecisionChoice, State, Stream
+from kvshare.layout import KINDS, CacheLayout, LayerCache, Precision, PrecisionChoice, State, Stream
 from kvshare.planner import ModelPlan
 from kvshare.planner.engines import Deployment
 from kvshare.planner.report import UNBOUNDED
@@ -109,11 +110,9 @@ def _layer_table(report: ModelPlan) -> Table:
     table.add_column("each stores", "")
     table.add_column("rows", "", justify="right")
     table.add_column("cache", format_bytes(report.kv_bytes["total"]), justify="right", no_wrap=True)
-    for layer, indices in _groups(report.layout, report.kv_dtype):
-        lines = _stored(layer, report.context)
+    for layer, indices in _groups(report.layout.stored_in(report.kv_dtype), report.kv_dtype):
         form = report.layout.precision_of(indices[0], report.kv_dtype)
-        if not isinstance(report.kv_dtype, str):
-            lines = [(f"{what} ({form.name})", rows) for what, rows in lines]
+        lines = _stored(layer, report.context, None if isinstance(report.kv_dtype, str) and not form.newest else form)
         cost = sum(stream.live_rows(report.context) * stream.row_bytes(form) for stream in layer.streams)
         cost += sum(state.num_bytes for state in layer.states)
         table.add_row(
@@ -145,13 +144,16 @@ def _attention(layer: LayerCache, index: int) -> str:
     return f"{words}, reading layer {', '.join(map(str, sources))}" if sources else words
 
 
-def _stored(layer: LayerCache, context: int) -> list[tuple[str, str]]:
-    """What a layer stores, and how many rows of it."""
+def _stored(layer: LayerCache, context: int, form: Precision | None) -> list[tuple[str, str]]:
+    """What a layer stores (in which precision, where that is to be said), and how many rows of it."""
     alike: dict[Stream, list[str]] = {}
     for stream in layer.streams:
-        nameless = Stream("", stream.heads, stream.width, stream.tokens_per_row, stream.window, stream.top_k)
-        alike.setdefault(nameless, []).append(stream.name)
-    lines = [(f"{', '.join(names)}: {_row(stream)}", f"{stream.live_rows(context):,}") for stream, names in alike.items()]
+        nameless = replace(stream, name="", native=None, newest_of=stream.newest_of and "")
+        alike.setdefault(nameless, []).append(stream.source)
+    lines = []
+    for stream, names in alike.items():
+        words = "" if form is None else f" ({'bf16' if stream.newest_of is not None else form.codec})"
+        lines.append((f"{', '.join(names)}: {_row(stream)}{words}", f"{stream.live_rows(context):,}"))
     return lines + [(f"{state.name}: {_shape(state)} {state.dtype}", "") for state in layer.states]
 
 

@@ -18,7 +18,7 @@ _ROOM = 0.5  # of the free memory that the arena may take, though untouched page
 
 def boundaries(layout: CacheLayout, precision: PrecisionChoice, limit: int) -> list[int]:
     """Contexts at which a page, a window or a compression block fills, with those beside them; up to `limit`."""
-    edges = {1, limit}
+    edges, layout = {1, limit}, layout.stored_in(precision)
     for owner in layout.owners:
         for stream in layout.layers[owner].streams:
             rows = layout.rows_per_page(owner, stream, precision)

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.kernels.interleaved_blocks import InterleavedBlocks
 from kvshare.kernels.native import available, module
 from kvshare.kernels.quantized_weight import BLOCK_TYPES
 
 
 def decode_rows(
-    table: PackedBlocks,  # [entries, width]
+    table: PackedBlocks | InterleavedBlocks,  # [entries, width]
     rows: Tensor,  # int64 [n]
     dtype: torch.dtype,
     begin: int = 0,
@@ -25,10 +26,12 @@ def decode_rows(
     end = width if end is None else end
     whole = begin % table.type.block_size == end % table.type.block_size == 0
     if not (whole and available() and table.type.name in BLOCK_TYPES and dtype in (torch.float32, torch.bfloat16)):
+        if isinstance(table, InterleavedBlocks):
+            return decode_rows(table, rows, torch.float32)[:, begin:end].to(dtype)
         return table.rows(rows)[:, begin:end].to(dtype)
     native, rows = module(), rows.contiguous()
     out = torch.empty(len(rows), end - begin, dtype=dtype)
     kind, is_bf16 = native.BlockType[table.type.name], dtype == torch.bfloat16
     places = (rows.data_ptr(), len(rows), begin, end, out.data_ptr())
-    native.decode_block_rows(kind, table.blocks.data_ptr(), entries, width, *places, is_bf16)
+    native.decode_block_rows(kind, table.blocks.data_ptr(), isinstance(table, InterleavedBlocks), entries, width, *places, is_bf16)
     return out

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,10 +14,20 @@ from kvshare.kernels.row_kind import RowKind, stream_shape
 from kvshare.kernels.step_spans import StepSpans
 
 
-class PagedAttention:
-    """Attention to the rows of one owner: keys in one stream, values in another or the same.
+class AttendedRows(NamedTuple):
+    """One kind of row that queries attend to: how keys and values are spelled, and which rows of a sequence a query sees."""
 
-    Rows hold `kv_heads` vectors one behind the other, spelled as `kinds` say, and are decoded in registers: codes meet the
+    keys: RowKind
+    values: RowKind
+    tables: tuple[int, int] = (0, 1)  # of keys and of values, as a sequence counts its tables
+    window: int | None = None  # the newest rows, the query's own included; None: all
+    behind: int = 0  # but not the newest of these
+
+
+class PagedAttention:
+    """Attention to the rows of one owner: keys in one stream, values in another or the same; of one kind, or of several in one softmax.
+
+    Rows hold `kv_heads` vectors one behind the other, spelled as `rows` say, and are decoded in registers: codes meet the
     query and the weights as integers. Rounded on the way, per head: the query, to 16 bits of its largest number for keys of 8 bits, to
     8 bits for keys of fewer (in INT4 of its group's largest); the weights of 32 rows, to 16 or 8 bits of the largest of them likewise;
     and what the rotated codecs call levels, to multiples of 1/127 of the largest level. With FP8 both become bfloat16. Instruction sets
@@ -29,22 +42,20 @@ class PagedAttention:
         arena: Arena,
         kv_heads: int,
         widths: tuple[int, int],  # of keys and of values
-        kinds: tuple[RowKind, RowKind],
+        rows: Sequence[AttendedRows],  # of each kind; rotated and balanced alike
         dtype: torch.dtype,  # of queries and output, bfloat16 or float32; of plain rows, too
         balance: Tensor | None = None,  # [kv_heads, key width]: what keys were divided by before they were encoded
-        tables: tuple[int, int] = (0, 1),  # of keys and of values, as a sequence counts its tables
-        window: int | None = None,  # rows that a query sees, its own included; None: all
     ):
         assert dtype in (torch.bfloat16, torch.float32)
-        assert all(kind.takes(dtype) for kind in kinds)
+        assert all(each.keys.takes(dtype) and each.values.takes(dtype) for each in rows)
+        assert len({(each.keys.rotated, each.values.rotated) for each in rows}) == 1
         self.arena, self.kv_heads, self.dtype = arena, kv_heads, dtype
         self.key_width, self.value_width = widths
-        keys = stream_shape(arena, kv_heads, widths[0], kinds[0], balance)
-        values = stream_shape(arena, kv_heads, widths[1], kinds[1])
-        seen = *tables, window or 0
-        self._native = module().PagedAttention(
-            arena.pages.data_ptr(), arena.page_bytes, keys, values, *seen, kv_heads, dtype == torch.bfloat16
-        )
+        shapes = []
+        for keys, values, tables, window, behind in rows:
+            streams = stream_shape(arena, kv_heads, widths[0], keys, balance), stream_shape(arena, kv_heads, widths[1], values)
+            shapes.append((*streams, *tables, window or 0, behind))
+        self._native = module().PagedAttention(arena.pages.data_ptr(), arena.page_bytes, shapes, kv_heads, dtype == torch.bfloat16)
 
     def attend(
         self,

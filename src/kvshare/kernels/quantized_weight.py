@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.kernels.interleaved_blocks import InterleavedBlocks
 from kvshare.kernels.native import module
 
 GROUP = 32  # activations that share a scale
@@ -24,13 +25,13 @@ BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 class QuantizedWeight:
     """Matrices of the same width behind one another, each in its own format: [out_features, in_features] as a whole.
 
-    A part is `PackedBlocks`, or a bfloat16 matrix [rows, in_features]. Up to `ROWS_IN_BLOCKS` rows of activations are spelled in 16 bits
-    with a scale for every 32 (not for bfloat16 parts) and multiplied with the blocks, which are read from memory once; a row's result does
-    not depend on the rows beside it. More rows are left as they are, and the weights decoded a panel at a time.
+    A part is `PackedBlocks`, `InterleavedBlocks` or a bfloat16 matrix [rows, in_features]. Up to `ROWS_IN_BLOCKS` rows of activations are
+    spelled in 16 bits with a scale for every 32 (not for bfloat16 parts) and multiplied with the blocks, which are read from memory once;
+    a row's result does not depend on the rows beside it. More rows are left as they are, and the weights decoded a panel at a time.
     Raises `ValueError` for parts that do not fit together.
     """
 
-    def __init__(self, parts: Sequence[PackedBlocks | Tensor]):
+    def __init__(self, parts: Sequence[PackedBlocks | InterleavedBlocks | Tensor]):
         self.parts = tuple(parts)  # keeps the bytes alive
         native = module()
         self.in_features = parts[0].shape[-1]
@@ -44,7 +45,7 @@ class QuantizedWeight:
                 or (name == "BF16") != (data.dtype == torch.bfloat16)
             ):
                 raise ValueError(f"a part {tuple(part.shape)} of {name} in {data.dtype} does not fit rows of {self.in_features}")
-            segments.append((data.data_ptr(), part.shape[0], native.BlockType[name]))
+            segments.append((data.data_ptr(), part.shape[0], native.BlockType[name], isinstance(part, InterleavedBlocks)))
         self._native = native.QuantizedWeight(segments, self.in_features)
         self.out_features: int = self._native.out_features
 

@@ -11,13 +11,11 @@ from torch import Tensor
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
 from kvshare.cache.codecs.balanced import BalancedCodec
-from kvshare.cache.codecs.deepseek import BlockFloatCodec
 from kvshare.cache.codecs.grouped import GroupedCodec
 from kvshare.cache.codecs.raw import RawCodec
-from kvshare.cache.codecs.rotated import RotatedCodec, RotatedNineCodec, RotatedScaledCodec, rotation
+from kvshare.cache.codecs.rotated import RotatedCodec, RotatedNineCodec, RotatedRawCodec, RotatedScaledCodec, rotation
 from kvshare.cache.codecs.scaled import ScaledCodec
 from kvshare.kernels.native import available, module
-from kvshare.layout.rows import BlockRow
 
 WIDEST = 2048  # numbers in one head that the kernels take
 
@@ -27,19 +25,19 @@ class RowKind(NamedTuple):
 
     name: str
     rotated: bool = False
-    form: BlockRow | None = None  # of DeepSeek's rows, which are named BLOCKS
 
     @property
-    def native(self) -> int:
-        """What the kernels call it."""
-        if self.form is None:
-            return getattr(module().RowKind, self.name).value
-        form = self.form
-        return module().block_kind(form.bits, form.group, form.scale_bytes, form.exact, form.align)
+    def native(self) -> Any:
+        return getattr(module().RowKind, self.name)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows are the numbers themselves, rotated or not."""
+        return self.name in ("BF16", "FP32")
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether queries of this type can meet such rows: plain numbers want their own, codes any."""
-        return _RAW.get(dtype) == self if self in _RAW.values() else dtype in _RAW
+        return _RAW[dtype].name == self.name if self.is_plain and dtype in _RAW else dtype in _RAW
 
 
 _RAW = {torch.bfloat16: RowKind("BF16"), torch.float32: RowKind("FP32")}
@@ -49,6 +47,8 @@ def row_kind(codec: Codec) -> RowKind | None:
     """The format that `codec` writes; None where no kernel reads it, or where queries must be changed as well (`kind_and_balance`)."""
     if isinstance(codec, RawCodec):
         return _RAW.get(codec.dtype)
+    if isinstance(codec, RotatedRawCodec):
+        return RowKind("BF16", rotated=True)
     if isinstance(codec, ScaledCodec):
         return RowKind("INT8" if codec.codes == torch.int8 else "FP8")
     if isinstance(codec, GroupedCodec):
@@ -57,8 +57,6 @@ def row_kind(codec: Codec) -> RowKind | None:
         return RowKind("INT8", rotated=True)
     if isinstance(codec, RotatedNineCodec):
         return RowKind("INT9", rotated=True)
-    if isinstance(codec, BlockFloatCodec):
-        return RowKind("BLOCKS", form=codec.row)
     return RowKind(f"LEVELS{codec.bits}", rotated=True) if isinstance(codec, RotatedCodec) else None
 
 
@@ -101,7 +99,7 @@ class RowEncoder:
 def row_encoder(codec: Codec, heads: int, width: int) -> RowEncoder | None:
     """What encodes for `codec` natively; None where nothing does, or where rows are only cast."""
     kind, balance = kind_and_balance(codec)
-    if kind is None or kind in _RAW.values() or not available() or width > WIDEST:
+    if kind is None or (kind in _RAW.values() and balance is None) or not available() or width > WIDEST:
         return None
     return RowEncoder(kind, heads, width, balance)
 

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.kernels.block_rows import decode_rows
+from kvshare.kernels.interleaved_blocks import InterleavedBlocks
 from kvshare.kernels.quantized_weight import QuantizedWeight
 
 
 class QuantizedEmbedding(nn.Module):
     """Stands in for `Embedding`; rows come out in `dtype`."""
 
-    def __init__(self, table: PackedBlocks, dtype: torch.dtype):
+    def __init__(self, table: PackedBlocks | InterleavedBlocks, dtype: torch.dtype):
         super().__init__()
         self.table, self.dtype = table, dtype
         self.weight = QuantizedWeight((table,))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.kernels.interleaved_blocks import InterleavedBlocks
 from kvshare.kernels.quantized_weight import QuantizedWeight
 from kvshare.layers.embedding import Embedding
 from kvshare.layers.linear import Linear
@@ -20,7 +21,7 @@ class QuantizedLinear(nn.Module):
     The blocks are no parameters, and no gradient reaches them.
     """
 
-    def __init__(self, parts: Sequence[PackedBlocks | Tensor], bias: Tensor | None = None):  # bias [out_features]
+    def __init__(self, parts: Sequence[PackedBlocks | InterleavedBlocks | Tensor], bias: Tensor | None = None):  # bias [out_features]
         super().__init__()
         self.weight = QuantizedWeight(parts)
         self.out_features = self.weight.out_features
@@ -35,11 +36,11 @@ class QuantizedLinear(nn.Module):
         return out if self.bias is None else out.add_(self.bias[start:end].to(out.dtype))
 
 
-def quantized_layer(layer: nn.Module, parts: Sequence[PackedBlocks | Tensor], dtype: torch.dtype) -> nn.Module:
+def quantized_layer(layer: nn.Module, parts: Sequence[PackedBlocks | InterleavedBlocks | Tensor], dtype: torch.dtype) -> nn.Module:
     """What stands in for a `Linear` or an `Embedding` whose weight is these blocks."""
     assert isinstance(layer, Linear | Embedding)
     if isinstance(layer, Embedding):
         (table,) = parts
-        assert isinstance(table, PackedBlocks)
+        assert isinstance(table, PackedBlocks | InterleavedBlocks)
         return QuantizedEmbedding(table, dtype)
     return QuantizedLinear(parts, layer.bias)

@@ -12,7 +12,8 @@ from functools import cached_property
 from math import prod
 
 from kvshare.errors import ConfigError
-from kvshare.layout.rows import DTYPE_BYTES, NATIVE, BlockRow, Precision, precision_named
+from kvshare.layout.newest import with_newest
+from kvshare.layout.rows import BF16_BITS, DTYPE_BYTES, NATIVE, BlockRow, Precision, precision_named
 
 PAGE_UNIT = 4096  # pages are multiples of the operating system's page
 ROWS_PER_WIDEST_PAGE = 32  # rows of the widest stream that one page holds
@@ -32,6 +33,8 @@ class Stream:
     window: int | None = None  # rows kept behind the newest one, itself included; None keeps all
     top_k: int | None = None  # at most this many rows are read by one query (an indexer selects them)
     native: BlockRow | None = None  # how the model's authors store a row (precision "native"), where they say
+    behind: int = 0  # the newest rows, which queries read in another stream instead
+    newest_of: str | None = None  # the stream whose newest rows this one keeps, in 16 bits whatever the precision
 
     @property
     def kind(self) -> str:
@@ -41,6 +44,11 @@ class Stream:
         if self.window is not None:
             return "window"
         return "compressed" if self.name == "entry" else "full"
+
+    @property
+    def source(self) -> str:
+        """The name under which a model appends its rows."""
+        return self.newest_of or self.name
 
     def first_row(self, num_tokens: int) -> int:
         """The oldest row that is still live after `num_tokens` tokens."""
@@ -55,7 +63,8 @@ class Stream:
 
     def read_rows(self, num_tokens: int) -> int:
         """Rows that one query reads after `num_tokens` tokens."""
-        return min(self.live_rows(num_tokens), self.top_k or self.live_rows(num_tokens))
+        seen = max(0, self.live_rows(num_tokens) - self.behind)
+        return min(seen, self.top_k or seen)
 
     @property
     def native_bytes(self) -> int | None:
@@ -63,6 +72,8 @@ class Stream:
         return None if self.native is None else self.heads * self.native.vector_bytes(self.width)
 
     def row_bytes(self, precision: Precision) -> int:
+        if self.newest_of is not None:
+            return self.heads * self.width * BF16_BITS // 8
         if precision.name == NATIVE and self.native_bytes is not None:
             return self.native_bytes
         return precision.row_bytes(self.heads, self.width)
@@ -184,35 +195,47 @@ class CacheLayout:
         name = precision if isinstance(precision, str) else precision.get(self.owner[layer], precision.get(-1, "bf16"))
         return precision_named(name)
 
+    def stored_in(self, precision: PrecisionChoice) -> CacheLayout:
+        """The streams that are really kept in a precision: owners whose newest rows stay in 16 bits have streams for these.
+
+        All byte counts below are of this layout, whichever of the two is asked. Raises `ConfigError` for an owner that cannot keep them.
+        """
+        counts = {owner: self.precision_of(owner, precision).newest for owner in self.owners}
+        if not any(counts.values()):
+            return self
+        layers = tuple(with_newest(layer, index, counts.get(index, 0)) for index, layer in enumerate(self.layers))
+        return self if layers == self.layers else replace(self, layers=layers)
+
     def bytes(self, context: int, batch: int = 1, precision: PrecisionChoice = "bf16") -> int:
         """Payload after `context` tokens in each of `batch` sequences: live rows times row bytes, and states."""
         return sum(self.bytes_by_kind(context, batch, precision).values())
 
     def bytes_by_kind(self, context: int, batch: int = 1, precision: PrecisionChoice = "bf16") -> dict[str, int]:
         """`bytes` split over `KINDS`."""
-        split = dict.fromkeys(KINDS, 0)
+        split, stored = dict.fromkeys(KINDS, 0), self.stored_in(precision)
         for index in self.owners:
             form = self.precision_of(index, precision)
-            for stream in self.layers[index].streams:
+            for stream in stored.layers[index].streams:
                 split[stream.kind] += batch * stream.live_rows(context) * stream.row_bytes(form)
         split["state"] = batch * self.state_bytes
         return split
 
     def read_bytes(self, context: int, batch: int = 1, precision: PrecisionChoice = "bf16") -> int:
         """Bytes of cached rows that one decode step reads. Sharing does not lower it: each reader reads its owner's rows again."""
-        total = 0
+        total, stored = 0, self.stored_in(precision)
         for index in range(len(self.layers)):
             form = self.precision_of(index, precision)
-            total += sum(stream.read_rows(context) * stream.row_bytes(form) for stream in self.streams_of(index))
+            total += sum(stream.read_rows(context) * stream.row_bytes(form) for stream in stored.streams_of(index))
         return batch * total
 
     def bytes_per_token(self, precision: PrecisionChoice = "bf16") -> Fraction:
         """What one more token adds once every window is full."""
+        stored = self.stored_in(precision)
         return sum(
             (
                 Fraction(stream.row_bytes(self.precision_of(index, precision)), stream.tokens_per_row)
                 for index in self.owners
-                for stream in self.layers[index].streams
+                for stream in stored.layers[index].streams
                 if stream.window is None
             ),
             Fraction(0),
@@ -225,7 +248,8 @@ class CacheLayout:
 
     def page_bytes(self, precision: PrecisionChoice = "bf16") -> int:
         """The arena's page: the least multiple of 4 KiB that holds 32 rows of the widest stream."""
-        rows = [stream.row_bytes(self.precision_of(i, precision)) for i in self.owners for stream in self.layers[i].streams]
+        stored = self.stored_in(precision)
+        rows = [stream.row_bytes(self.precision_of(i, precision)) for i in self.owners for stream in stored.layers[i].streams]
         return -(-max(rows, default=1) * ROWS_PER_WIDEST_PAGE // PAGE_UNIT) * PAGE_UNIT
 
     def rows_per_page(self, layer: int, stream: Stream, precision: PrecisionChoice = "bf16") -> int:
@@ -234,10 +258,12 @@ class CacheLayout:
 
     def held_pages(self, context: int, precision: PrecisionChoice = "bf16") -> int:
         """Pages of one sequence between steps, after `context` tokens."""
-        pages = -(-self.state_bytes // self.page_bytes(precision))
+        page_bytes, stored = self.page_bytes(precision), self.stored_in(precision)
+        pages = -(-self.state_bytes // page_bytes)
         for index in self.owners:
-            for stream in self.layers[index].streams:
-                rows = self.rows_per_page(index, stream, precision)
+            form = self.precision_of(index, precision)
+            for stream in stored.layers[index].streams:
+                rows = page_bytes // stream.row_bytes(form)
                 first, end = stream.first_row(context), stream.num_rows(context)
                 pages += -(-end // rows) - first // rows if end > first else 0
         return pages
@@ -251,11 +277,13 @@ class CacheLayout:
 
         The step appends `chunk` rows to one of them (or splits these over several) and `1 + draft` to each of the others.
         """
-        states = -(-self.state_bytes // self.page_bytes(precision))
+        page_bytes, stored = self.page_bytes(precision), self.stored_in(precision)
+        states = -(-self.state_bytes // page_bytes)
         total = batch * states
         for index in self.owners:
-            for stream in self.layers[index].streams:
-                rows, limit = self.rows_per_page(index, stream, precision), stream.num_rows(context)
+            form = self.precision_of(index, precision)
+            for stream in stored.layers[index].streams:
+                rows, limit = page_bytes // stream.row_bytes(form), stream.num_rows(context)
                 whole = -(-limit // rows)
                 if stream.window is None:
                     total += batch * whole

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvshare.errors import ConfigError
 from kvshare.layout.cache_layout import CacheLayout, PrecisionChoice
-from kvshare.layout.rows import PRECISIONS, precision_named
+from kvshare.layout.rows import NEWEST, PRECISIONS, precision_named
 
 FIELD = "kv_dtype"
 
@@ -21,8 +21,10 @@ def read_precision(given: str | Path | Mapping[int, str], layout: CacheLayout, d
     is such a mapping, with the indices as text. Raises `ConfigError` for unknown names, files that are something else, and layers that
     own nothing.
     """
-    if isinstance(given, str) and given in PRECISIONS:
-        return given
+    if isinstance(given, str) and given.partition(NEWEST)[0] in PRECISIONS:
+        name = precision_named(given).name
+        layout.stored_in(name)
+        return name
     choice = given if isinstance(given, Mapping) else _read_file(Path(given))
     for layer, name in choice.items():
         precision_named(name)
@@ -30,7 +32,9 @@ def read_precision(given: str | Path | Mapping[int, str], layout: CacheLayout, d
             owners = ", ".join(map(str, layout.owners))
             raise ConfigError(FIELD, f"layer {layer} owns no cache, so it has no precision: the owners of this model are {owners}")
     rest = choice.get(-1, default)
-    return {layer: choice.get(owner, rest) for layer, owner in enumerate(layout.owner)}  # readers too: plans without sharing ask for them
+    every = {layer: choice.get(owner, rest) for layer, owner in enumerate(layout.owner)}  # readers too: plans without sharing ask for them
+    layout.stored_in(every)
+    return every
 
 
 def describe_precision(choice: PrecisionChoice, layout: CacheLayout) -> str:
@@ -38,7 +42,8 @@ def describe_precision(choice: PrecisionChoice, layout: CacheLayout) -> str:
     if isinstance(choice, str):
         return choice
     names = [layout.precision_of(owner, choice).name for owner in layout.owners]
-    counts = {name: names.count(name) for name in PRECISIONS if name in names}
+    order = {name: place for place, name in enumerate(PRECISIONS)}
+    counts = {name: names.count(name) for name in sorted(set(names), key=lambda name: (order[precision_named(name).codec], name))}
     if len(counts) == 1:
         return names[0]
     words = [f"{name} ({count})" for name, count in counts.items()]

@@ -7,24 +7,35 @@ Codecs (`kvshare.cache.codecs`) write exactly these bytes; the planner adds them
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from kvshare.errors import ConfigError
 
+BF16_BITS = 16
 SCALE_BYTES = 2  # scales and minima are stored as float16
 INT4_GROUP = 32  # numbers that share one scale and one minimum
+NEWEST = "+"  # rot4+32: rot4, the newest 32 rows in 16 bits
 NATIVE = "native"  # the format that the model's authors serve: each stream says its own (`Stream.native`), else bf16
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """One way of spelling a row: `bits` a number, plus `scales` 16-bit scalars for every `group` numbers (0: a head's whole vector)."""
+    """One way of spelling a row: `bits` a number, plus `scales` 16-bit scalars for every `group` numbers (0: a head's whole vector).
+
+    Each query reads the `newest` rows in 16 bits instead, which are kept in a stream of their own (`kvshare.layout.newest`).
+    """
 
     name: str
     bits: int
     scales: int = 0
     group: int = 0
+    newest: int = 0
+
+    @property
+    def codec(self) -> str:
+        """How rows that are not among the newest are spelled: a key of `PRECISIONS`."""
+        return self.name.partition(NEWEST)[0]
 
     def row_bytes(self, heads: int, width: int) -> int:
         """Bytes of one row of `heads` vectors of `width` numbers, scales included."""
@@ -73,8 +84,14 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"fp32": 4, "fp16": 2, "bf16":
 
 
 def precision_named(name: str) -> Precision:
-    """The precision called `name`; raises `ConfigError` with the list of those that exist."""
-    try:
-        return PRECISIONS[name]
-    except KeyError:
-        raise ConfigError("kv_dtype", f"unknown precision {name!r}: choose one of {', '.join(PRECISIONS)}") from None
+    """The precision called `name`, like `rot4` or `rot4+32`; raises `ConfigError` with the list of those that exist."""
+    codec, plus, newest = name.partition(NEWEST)
+    form = PRECISIONS.get(codec)
+    if form is None or (plus and not (newest.isdecimal() and int(newest))):
+        raise ConfigError("kv_dtype", f"unknown precision {name!r}: choose one of {', '.join(PRECISIONS)}, or one with +32 behind it")
+    if plus and form.bits >= BF16_BITS:
+        raise ConfigError(
+            "kv_dtype",
+            f"{name!r}: rows in {codec} are not rounded below 16 bits, so none are kept beside them: leave {NEWEST}{newest} away",
+        )
+    return replace(form, name=f"{codec}{NEWEST}{int(newest)}", newest=int(newest)) if plus else form

@@ -79,7 +79,7 @@ def tune(
 def owner_bytes(layout: CacheLayout, owner: int, precision: str, context: int) -> int:
     """Bytes of one owner's live rows after `context` tokens."""
     form = precision_named(precision)
-    return sum(stream.live_rows(context) * stream.row_bytes(form) for stream in layout.layers[owner].streams)
+    return sum(stream.live_rows(context) * stream.row_bytes(form) for stream in layout.stored_in({owner: precision}).layers[owner].streams)
 
 
 class _Trial:

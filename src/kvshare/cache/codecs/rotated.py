@@ -106,6 +106,16 @@ class RotatedNineCodec:
         return _rotate_back(codes.mul_(scalars(scale)))
 
 
+class RotatedRawCodec:
+    """bfloat16 numbers of rotated heads: the newest rows beside encoded ones. Rounded once more than rows that are stored as they are."""
+
+    def encode(self, rows: Tensor) -> Tensor:  # [rows, heads, width] -> uint8 [rows, row_bytes]
+        return _rotate(rows.float()).bfloat16().flatten(1).view(torch.uint8)
+
+    def decode(self, encoded: Tensor, heads: int, width: int) -> Tensor:  # uint8 [rows, row_bytes] -> float32 [rows, heads, width]
+        return _rotate_back(encoded.view(torch.bfloat16).unflatten(-1, (heads, width)).float())
+
+
 def _rotate(x: Tensor) -> Tensor:  # float32 [..., width]
     signs, cosines = rotation(x.shape[-1])
     mixed = hadamard((x * signs.to(x.device)).unflatten(-1, (cosines.shape[0], -1)))

@@ -1,5 +1,6 @@
 // Attention over pages, and the rows of pages as numbers, as Python sees them.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "address.h"
 #include "kernels.h"
@@ -16,6 +18,8 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace kvshare;
+
+using Kind = std::tuple<StreamShape, StreamShape, int64_t, int64_t, int64_t, int64_t>;  // keys, values, table of each, window, behind
 
 static constexpr int64_t PARALLEL_HEADS = 64;  // from so many on, threads share them
 
@@ -51,19 +55,13 @@ void bind_paged_attention(nb::module_& m) {
         .value("LEVELS3", RowKind::LEVELS3)
         .value("LEVELS2", RowKind::LEVELS2);
 
-    // kinds are passed as numbers from here on: `block_kind` has more of them than the enumeration
-    m.def("block_kind", [](int bits, int group, int scale_bytes, int exact, int align) {
-        if (group > MOST_GROUP || exact > MOST_EXACT || align > MOST_ALIGN) throw std::invalid_argument("no kernel reads rows of such a form");
-        return int(kind_of({bits, group, scale_bytes, exact, align}));
-    });
-    m.def("head_bytes", [](int kind, int width) { return head_bytes(RowKind(kind), width); });
+    m.def("head_bytes", &head_bytes);
 
     // [count, heads] heads of `width` numbers, each row `row_bytes` behind the one before, as numbers to[count, heads, width]
-    m.def("decode_rows", [](int number, uintptr_t rows, int64_t row_bytes, int64_t count, int heads, int width, uintptr_t to, bool bf16) {
+    m.def("decode_rows", [](RowKind kind, uintptr_t rows, int64_t row_bytes, int64_t count, int heads, int width, uintptr_t to, bool bf16) {
         not_recorded("rows decoded outside of attention");
         nb::gil_scoped_release released;
         const Isa& isa = active_isa();
-        const RowKind kind{number};
         const int64_t size = bf16 ? 2 : 4;
 #pragma omp parallel for schedule(static) if (count * row_bytes > 1 << 16)
         for (int64_t row = 0; row < count; row++) {
@@ -77,8 +75,8 @@ void bind_paged_attention(nb::module_& m) {
     nb::class_<Rotation>(m, "Rotation").def(nb::init<std::vector<float>, std::vector<float>>(), "signs"_a, "matrix"_a);
     nb::class_<StreamShape>(m, "StreamShape")
         .def("__init__",
-             [](StreamShape* self, int kind, int width, int64_t row_bytes, int64_t rows_per_page, const Rotation* rotation, std::vector<float> balance) {
-                 new (self) StreamShape{RowKind(kind), width, row_bytes, rows_per_page, rotation ? std::optional<Rotation>(*rotation) : std::nullopt, std::move(balance)};
+             [](StreamShape* self, RowKind kind, int width, int64_t row_bytes, int64_t rows_per_page, const Rotation* rotation, std::vector<float> balance) {
+                 new (self) StreamShape{kind, width, row_bytes, rows_per_page, rotation ? std::optional<Rotation>(*rotation) : std::nullopt, std::move(balance)};
              }, "kind"_a, "width"_a, "row_bytes"_a, "rows_per_page"_a, "rotation"_a.none(), "balance"_a);
     // [count, heads] heads of numbers, bfloat16 or float32, strides in numbers, as the bytes of rows to[count, row_bytes]
     m.def("encode_rows",
@@ -97,14 +95,16 @@ void bind_paged_attention(nb::module_& m) {
 
     nb::class_<PagedAttention>(m, "PagedAttention")
         .def("__init__",
-             [](PagedAttention* self, uintptr_t arena, int64_t page_bytes, const StreamShape& k, const StreamShape& v, int64_t k_table, int64_t v_table, int64_t window,
-                int kv_heads, bool bf16) { new (self) PagedAttention(at<const uint8_t>(arena), page_bytes, k, v, {k_table, v_table, window}, kv_heads, bf16); },
-             "arena"_a, "page_bytes"_a, "k"_a, "v"_a, "k_table"_a, "v_table"_a, "window"_a, "kv_heads"_a, "bf16"_a)
+             [](PagedAttention* self, uintptr_t arena, int64_t page_bytes, const std::vector<Kind>& kinds, int kv_heads, bool bf16) {
+                 std::vector<AttendedRows> all;
+                 for (const auto& [k, v, k_table, v_table, window, behind] : kinds) all.push_back({k, v, k_table, v_table, window, behind});
+                 new (self) PagedAttention(at<const uint8_t>(arena), page_bytes, std::move(all), kv_heads, bf16);
+             }, "arena"_a, "page_bytes"_a, "kinds"_a, "kv_heads"_a, "bf16"_a)
         .def("attend", [](nb::pointer_and_handle<PagedAttention> self, uintptr_t spans, int64_t num_spans, uintptr_t q, uintptr_t out, int query_heads, float scale,
                           float softcap, uintptr_t sinks) {
             perform(Gil::released, {at<const StepSpan>(spans), num_spans},
                     [kernel = self.p, kept = nb::borrow(self.h), q, out, query_heads, scale, softcap, sinks](const Isa& isa, const StepSpans& step) {
                         kernel->attend(isa, at<const void>(q), at<void>(out), query_heads, step, scale, softcap, at<const float>(sinks));
-                    });
+                    }, Work::attention);
         });
 }

@@ -1,7 +1,11 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
+#include <tuple>
+#include <vector>
 
 #include "address.h"
 #include "program.h"
@@ -11,6 +15,21 @@ using namespace nb::literals;
 using namespace kvshare;
 
 void bind_program(nb::module_& m) {
+    // From start to stop it times what the kernels do that this thread calls. `laps`: seconds and calls of products, attention, small operations.
+    nb::class_<Stopwatch>(m, "Stopwatch")
+        .def(nb::init<>())
+        .def("start",
+             [](Stopwatch& self) {
+                 if (stopwatch) throw std::logic_error("this thread has a stopwatch that runs");
+                 stopwatch = &self;
+             })
+        .def("stop", [](Stopwatch&) { stopwatch = nullptr; })
+        .def_prop_ro("laps", [](const Stopwatch& self) {
+            std::vector<std::tuple<double, int64_t>> laps;
+            for (const auto& lap : self.laps) laps.emplace_back(lap.seconds, lap.calls);
+            return laps;
+        });
+
     // While a thread records, its calls run as ever. `spans` and `count` are a step's, as in every call that is told of one.
     nb::class_<Program>(m, "Program")
         .def("__init__", [](Program* self, uintptr_t spans, int64_t count) { new (self) Program({at<const StepSpan>(spans), count}); }, "spans"_a, "count"_a)

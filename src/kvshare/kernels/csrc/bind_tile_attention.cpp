@@ -13,7 +13,7 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using namespace kvshare;
 
-using Stream = std::tuple<StreamShape, StreamShape, bool, int64_t, int64_t>;              // keys, values, same, tokens a row, window
+using Stream = std::tuple<StreamShape, StreamShape, bool, int64_t, int64_t, int64_t>;              // keys, values, same, tokens a row, window, behind
 using Rows = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t>;               // pages and first page of keys and of values, chosen rows
 using Span = std::tuple<int64_t, int64_t, std::vector<Rows>>;                                      // start, count
 
@@ -22,7 +22,7 @@ void bind_tile_attention(nb::module_& m) {
         .def("__init__",
              [](TileAttention* self, uintptr_t arena, int64_t page_bytes, const std::vector<Stream>& streams, int kv_heads) {
                  std::vector<TileStream> all;
-                 for (const auto& [k, v, same, tokens_per_row, window] : streams) all.push_back({k, v, same, tokens_per_row, window});
+                 for (const auto& [k, v, same, tokens_per_row, window, behind] : streams) all.push_back({k, v, same, tokens_per_row, window, behind});
                  new (self) TileAttention(at<const uint8_t>(arena), page_bytes, std::move(all), kv_heads);
              }, "arena"_a, "page_bytes"_a, "streams"_a, "kv_heads"_a)
         .def("attend",
@@ -36,6 +36,7 @@ void bind_tile_attention(nb::module_& m) {
                  }
                  not_recorded("attention by tiles");
                  nb::gil_scoped_release released;
+                 const Timed timer(Work::attention);
                  self.attend(active_isa(), at<const uint16_t>(q), at<uint16_t>(out), at<const int64_t>(positions), query_heads, all, scale, softcap,
                              at<const float>(sinks));
              });

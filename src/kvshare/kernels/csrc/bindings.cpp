@@ -20,9 +20,9 @@ using namespace kvshare;
 void bind_blocks(nb::module_& m);
 void bind_paged_attention(nb::module_& m);
 void bind_tile_attention(nb::module_& m);
-void bind_row_selection(nb::module_& m);
 void bind_small_ops(nb::module_& m);
 void bind_program(nb::module_& m);
+void bind_read_memory(nb::module_& m);
 
 NB_MODULE(_kernels, m) {
     nb::set_leak_warnings(false);  // a model that a script still holds when it ends is no leak
@@ -48,9 +48,9 @@ NB_MODULE(_kernels, m) {
     });
     nb::class_<QuantizedWeight>(m, "QuantizedWeight")
         .def("__init__",
-             [](QuantizedWeight* self, const std::vector<std::tuple<uintptr_t, int64_t, BlockType>>& segments, int64_t in_features) {
+             [](QuantizedWeight* self, const std::vector<std::tuple<uintptr_t, int64_t, BlockType, bool>>& segments, int64_t in_features) {
                  std::vector<Segment> all;
-                 for (const auto& [address, count, type] : segments) all.push_back({at<const uint8_t>(address), count, type});
+                 for (const auto& [address, count, type, interleaved] : segments) all.push_back({at<const uint8_t>(address), count, type, interleaved});
                  new (self) QuantizedWeight(std::move(all), in_features);
              }, "segments"_a, "in_features"_a)
         .def_prop_ro("in_features", &QuantizedWeight::in_features)
@@ -60,17 +60,18 @@ NB_MODULE(_kernels, m) {
              [](nb::pointer_and_handle<QuantizedWeight> self, uintptr_t x, bool x_bf16, uintptr_t out, bool out_bf16, int64_t rows, int64_t begin, int64_t end) {
                  perform(Gil::released, [weight = self.p, kept = nb::borrow(self.h), x, x_bf16, out, out_bf16, rows, begin, end](const Isa& isa) {
                      weight->multiply(isa, at<const void>(x), x_bf16, at<void>(out), out_bf16, rows, begin, end);
-                 });
+                 }, Work::product);
              })
         .def("decode", [](const QuantizedWeight& self, int64_t begin, int64_t end, uintptr_t to, bool bf16) {
             not_recorded("weights decoded panel by panel");
             nb::gil_scoped_release released;
+            const Timed timer(Work::product);
             self.decode(active_isa(), begin, end, at<void>(to), bf16);
         });
     bind_blocks(m);
     bind_paged_attention(m);
     bind_tile_attention(m);
-    bind_row_selection(m);
     bind_small_ops(m);
     bind_program(m);
+    bind_read_memory(m);
 }

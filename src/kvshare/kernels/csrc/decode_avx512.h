@@ -61,18 +61,69 @@ void decode_k(const uint8_t* weights, int64_t count, int64_t k, uint16_t* to) {
     }
 }
 
-inline void decode_avx512(BlockType type, const uint8_t* weights, int64_t count, int64_t k, void* to, bool bf16) {
-    uint16_t* out = static_cast<uint16_t*>(to);
-    if (!bf16 || type == BlockType::BF16) return decode_rows(type, weights, count, k, to, bf16);
-    switch (type) {
-        case BlockType::BF16: break;
-        case BlockType::Q4_0: decode_pairs<BlockType::Q4_0>(weights, count, k, out); break;
-        case BlockType::Q4_1: decode_pairs<BlockType::Q4_1>(weights, count, k, out); break;
-        case BlockType::Q5_0: decode_pairs<BlockType::Q5_0>(weights, count, k, out); break;
-        case BlockType::Q5_1: decode_pairs<BlockType::Q5_1>(weights, count, k, out); break;
-        case BlockType::Q8_0: decode_pairs<BlockType::Q8_0>(weights, count, k, out); break;
-        case BlockType::Q4_K: decode_k<BlockType::Q4_K>(weights, count, k, out); break;
-        case BlockType::Q5_K: decode_k<BlockType::Q5_K>(weights, count, k, out); break;
-        case BlockType::Q6_K: decode_k<BlockType::Q6_K>(weights, count, k, out); break;
+// A whole strip, as the products read it: each row's numbers to to[row * k], a few lines at a time: sixteen streams of single lines are slow.
+template <BlockType T>
+void decode_strip(const uint8_t* from, int64_t k, uint16_t* to) {
+    using Format = Reader<T>;
+    constexpr int halves = Format::halves, unit = Format::unit * 32, at_once = 256;
+    const int64_t blocks = k / shape_of(T).weights;
+    InterleavedStrip<T> strip(from, blocks);
+    Format reader;
+    __m512i quarter[4];  // 16 bytes, spread
+    for (int i = 0; i < 4; i++) quarter[i] = _mm512_add_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16 * i));
+    alignas(64) uint16_t numbers[LANES][at_once];
+    int filled = 0;
+    for (int64_t block = 0; block < blocks; block++) {
+        strip.open(block);
+        reader.open(strip);
+        for (int i = 0; i < Format::groups / Format::unit; i++) {
+            Unpacked<Format::unit, halves> unpacked;
+            reader.unpack(strip, i, unpacked);
+            each<Format::unit>([&](auto g) __attribute__((always_inline)) {
+                alignas(64) float scales[halves][LANES], rests[halves][LANES];
+                each<halves>([&](auto h) __attribute__((always_inline)) {
+                    const __m512 scale = unpacked.scale[halves * g + h];
+                    _mm512_store_ps(scales[h], scale);
+                    if constexpr (Format::has_minimum) _mm512_store_ps(rests[h], unpacked.minimum[g]);
+                    else _mm512_store_ps(rests[h], _mm512_mul_ps(scale, _mm512_set1_ps(-float(Format::offset))));
+                });
+                asm("" : "+m"(scales), "+m"(rests));  // broadcast from memory: gcc 12 would permute the registers instead, which is what limits this loop
+                transpose_quarters(unpacked.w + 8 * g);
+                transpose_quarters(unpacked.w + 8 * g + 4);
+                each<LANES>([&](auto i) __attribute__((always_inline)) {
+                    __m512 half[2];
+                    each<2>([&](auto h) __attribute__((always_inline)) {
+                        const __m512i q = _mm512_maskz_permutexvar_epi8(0x1111111111111111, quarter[i / 4], unpacked.w[8 * g + 4 * h + i % 4]);
+                        half[h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(scales[h % halves][i]), _mm512_set1_ps(rests[h % halves][i]));
+                    });
+                    _mm512_store_si512(numbers[i] + filled + 32 * g, (__m512i)_mm512_cvtne2ps_pbh(half[1], half[0]));
+                });
+            });
+            if ((filled += unit) == at_once || (i == Format::groups / Format::unit - 1 && block == blocks - 1)) {
+                for (int row = 0; row < LANES; row++)
+                    for (int n = 0; n < filled; n += 32) _mm512_storeu_si512(to + row * k + n, _mm512_load_si512(numbers[row] + n));
+                to += filled;
+                filled = 0;
+            }
+        }
     }
+}
+
+inline void decode_avx512(const WeightRows& weights, int64_t k, void* to, bool bf16) {
+    if (!bf16 || weights.type == BlockType::BF16) return decode_rows(weights, k, to, bf16);
+    uint16_t* out = static_cast<uint16_t*>(to);
+    with_format(weights.type, [&]<BlockType T>() {
+        const int64_t strip_bytes = STRIP * (k / shape_of(T).weights) * shape_of(T).bytes;
+        for (WeightRows rest = weights; rest.count > 0;) {
+            const bool whole = rest.interleaved && !rest.skip && rest.count >= STRIP;
+            const int64_t count = whole ? STRIP : rest.interleaved && rest.count > STRIP - rest.skip ? STRIP - rest.skip : rest.count;
+            if (whole) decode_strip<T>(rest.data, k, out);
+            else in_file_order<T>({T, rest.interleaved, rest.data, rest.skip, count}, k, [&](const uint8_t* rows, int64_t first, int64_t many) {
+                if constexpr (shape_of(T).weights == 256) decode_k<T>(rows, many, k, out + first * k);
+                else decode_pairs<T>(rows, many, k, out + first * k);
+            });
+            rest = {T, rest.interleaved, rest.data + strip_bytes, 0, rest.count - count};
+            out += count * k;
+        }
+    });
 }

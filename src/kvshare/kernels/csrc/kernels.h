@@ -31,6 +31,15 @@ constexpr BlockShape shape_of(BlockType type) {
     return {0, 0};
 }
 
+// Rows of weights of one format: `count` rows behind `data`, as in the file; or interleaved (interleave.h), where `data` is the beginning of a strip and
+// the first `skip` rows of that strip do not count.
+struct WeightRows {
+    BlockType type;
+    bool interleaved;
+    const uint8_t* data;
+    int64_t skip, count;
+};
+
 // One row of activations as numbers of 16 bits with a scale for every 32: x = scale * q, |q| <= LARGEST_Q. Its length is a multiple of 32.
 struct Activations {
     int16_t* q;      // [k] (AVX512 keeps the bytes of each 32 apart: 32 upper ones u, then 32 lower ones l, both signed, q = 256 u + l)
@@ -71,14 +80,13 @@ struct Isa {
     const char* name;
     // Fill numbers [begin, end) of one row, multiples of 32; x is float32, or bfloat16 where `bf16`.
     void (*round)(const void* x, bool bf16, int64_t begin, int64_t end, const Activations& to);
-    // y[r * stride + n] = weights[n] . x[r] for `count` rows of weights of k numbers, in any format but BF16, and `rows` <= MAX_ROWS rows
-    // of activations. `ahead`: what will be read next. A result depends on its row of weights and its row of activations alone.
-    void (*multiply)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride,
-                     const uint8_t* ahead);
+    // y[r * stride + n] = weights[n] . x[r] for rows of weights of k numbers, in any format but BF16, and `rows` <= MAX_ROWS rows of
+    // activations. `ahead`: what will be read next. A result depends on its row of weights and its row of activations alone.
+    void (*multiply)(const WeightRows& weights, int64_t k, const Activations* x, int rows, float* y, int64_t stride, const uint8_t* ahead);
     // The same for BF16 weights and activations [rows, k] as they are.
     void (*multiply_bf16)(const uint8_t* weights, int64_t count, int64_t k, const void* x, bool bf16, int rows, float* y, int64_t stride, const uint8_t* ahead);
-    // `count` rows of weights as numbers: to[count, k], bfloat16 or float32.
-    void (*decode)(BlockType type, const uint8_t* weights, int64_t count, int64_t k, void* to, bool bf16);
+    // Rows of weights as numbers: to[count, k], bfloat16 or float32.
+    void (*decode)(const WeightRows& weights, int64_t k, void* to, bool bf16);
     // Heads of cached rows as numbers: to[r * stride + i] is number i < width of the head at heads[r], bfloat16 or float32; rotated ones stay rotated.
     void (*decode_heads)(RowKind kind, int width, const uint8_t* const* heads, int count, void* to, int64_t stride, bool bf16);
     // One head, rotated and balanced already, as the bytes of a row; kinds with levels are given it divided by `unit`, its largest number.
@@ -87,11 +95,11 @@ struct Isa {
     void (*spell)(RowKind keys, int width, const float* q, uint8_t* to);
     void (*attend)(const AttendRows& rows, const AttendState& state);
     TileKernel tile;
-    // scores[i] of TILE_ROWS rows of bfloat16: the sum over an indexer's heads of weight * max(0, q . row).
-    void (*score_rows)(const uint8_t* const* rows, const IndexQuery& query, float* scores);
     // One row of k numbers, bfloat16 or float32, as blocks: Q8_0, Q4_1 or Q4_K.
     void (*encode)(BlockType type, const void* numbers, bool bf16, int64_t k, uint8_t* to);
     SmallOps small;
+    // What bandwidth is measured with: the sum of words, read in blocks of `streams` runs of `run` bytes side by side.
+    uint64_t (*read_memory)(const uint8_t* from, int64_t bytes, int streams, int64_t run, int64_t ahead);
 };
 
 // The sets that this build knows, best first; `usable` asks the processor. A set for AMX goes in front, with its own file and flags.

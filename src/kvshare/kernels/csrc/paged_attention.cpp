@@ -44,9 +44,10 @@ void PagedAttention::find_rows(const StreamShape& stream, const int32_t* pages, 
 
 void PagedAttention::attend_rows(const Isa& isa, const Query& query, int64_t begin, int64_t end, const AttendState& state) const {
     AttendRows rows;
+    const StreamShape &k = kinds_[size_t(query.kind)].k, &v = kinds_[size_t(query.kind)].v;
     const auto find = [&](int64_t from) {
-        find_rows(k_, query.k_pages, query.k_first_page, from, end, rows.next_k);
-        find_rows(v_, query.v_pages, query.v_first_page, from, end, rows.next_v);
+        find_rows(k, query.k_pages, query.k_first_page, from, end, rows.next_k);
+        find_rows(v, query.v_pages, query.v_first_page, from, end, rows.next_v);
     };
     find(begin);
     for (int64_t from = begin; from < end; from += ATTEND_ROWS) {
@@ -58,25 +59,25 @@ void PagedAttention::attend_rows(const Isa& isa, const Query& query, int64_t beg
     }
 }
 
-void PagedAttention::spell(const Isa& isa, const void* q, int64_t head, int64_t kv_head, uint8_t* to) const {
+void PagedAttention::spell(const Isa& isa, const StreamShape& keys, const void* q, int64_t head, int64_t kv_head, uint8_t* to) const {
     float numbers[WIDEST];
-    for (int i = 0; i < k_.width; i++) numbers[i] = number(q, bf16_, head * k_.width + i);
-    if (!k_.balance.empty())
-        for (int i = 0; i < k_.width; i++) numbers[i] *= k_.balance[size_t(kv_head * k_.width + i)];
-    if (k_.rotation) k_.rotation->apply(numbers);  // keys stay as they are: rotating both keeps their products
-    isa.spell(k_.kind, k_.width, numbers, to);
+    for (int i = 0; i < keys.width; i++) numbers[i] = number(q, bf16_, head * keys.width + i);
+    if (!keys.balance.empty())
+        for (int i = 0; i < keys.width; i++) numbers[i] *= keys.balance[size_t(kv_head * keys.width + i)];
+    if (keys.rotation) keys.rotation->apply(numbers);  // keys stay as they are: rotating both keeps their products
+    isa.spell(keys.kind, keys.width, numbers, to);
 }
 
 void PagedAttention::finish(float* numbers, float factor, void* out, int64_t head) const {
-    for (int i = 0; i < v_.width; i++) numbers[i] *= factor;
-    if (v_.rotation) v_.rotation->undo(numbers);
-    for (int i = 0; i < v_.width; i++) {
+    for (int i = 0; i < value_width_; i++) numbers[i] *= factor;
+    if (kinds_[0].v.rotation) kinds_[0].v.rotation->undo(numbers);
+    for (int i = 0; i < value_width_; i++) {
         if (bf16_) {
             uint32_t bits;
             memcpy(&bits, numbers + i, 4);
-            static_cast<uint16_t*>(out)[head * v_.width + i] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+            static_cast<uint16_t*>(out)[head * value_width_ + i] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
         } else {
-            static_cast<float*>(out)[head * v_.width + i] = numbers[i];
+            static_cast<float*>(out)[head * value_width_ + i] = numbers[i];
         }
     }
 }
@@ -87,47 +88,56 @@ void PagedAttention::attend(
     std::vector<Query> queries;
     for (const StepSpan& span : step) {
         if (span.count != 1) continue;
-        const PageRun &k = span.runs[seen_.k_table], &v = span.runs[seen_.v_table];
-        const int64_t end = span.first + 1, first = seen_.window ? std::max<int64_t>(0, end - seen_.window) : 0;
-        k.check(first, end, k_.rows_per_page);
-        v.check(first, end, v_.rows_per_page);
-        queries.push_back({span.row, first, end, k.pages, k.first_page, v.pages, v.first_page});
+        for (size_t kind = 0; kind < kinds_.size(); kind++) {
+            const AttendedRows& rows = kinds_[kind];
+            const PageRun &k = span.runs[rows.k_table], &v = span.runs[rows.v_table];
+            const int64_t newest = span.first + 1, first = rows.window ? std::max<int64_t>(0, newest - rows.window) : 0;
+            const int64_t end = std::max(first, newest - rows.behind);
+            k.check(first, end, rows.k.rows_per_page);
+            v.check(first, end, rows.v.rows_per_page);
+            queries.push_back({span.row, first, end, k.pages, k.first_page, v.pages, v.first_page, int(kind)});
+        }
     }
     struct Part {
         const Query* query;
         int64_t begin, end;
     };
     std::vector<Part> parts;
-    std::vector<int64_t> first_part;
-    int64_t total_rows = 0;
+    std::vector<int64_t> rows, first_part;  // of q and out, and where the parts of each begin
+    int64_t total_bytes = 0;
     for (const Query& query : queries) {
-        first_part.push_back(int64_t(parts.size()));
+        if (rows.empty() || rows.back() != query.row) {
+            rows.push_back(query.row);
+            first_part.push_back(int64_t(parts.size()));
+        }
         const int64_t step = rows_of_part(query.end - query.first);
         for (int64_t begin = query.first; begin < query.end; begin += step) parts.push_back({&query, begin, std::min(begin + step, query.end)});
-        total_rows += query.end - query.first;
+        const StreamShape &k = kinds_[size_t(query.kind)].k, &v = kinds_[size_t(query.kind)].v;
+        total_bytes += (query.end - query.first) * (k.row_bytes + v.row_bytes);
     }
     first_part.push_back(int64_t(parts.size()));
 
-    const int64_t value_width = v_.width, floats = query_heads * (value_width + 2);
+    const int64_t value_width = value_width_, floats = query_heads * (value_width + 2);
     static thread_local std::vector<float> kept;  // of each part: sums [query_heads, value_width], maxima and weights [query_heads]
     kept.resize(parts.size() * size_t(floats));
     float* partial = kept.data();
     struct alignas(64) Line {
         uint8_t bytes[64];
     };
-    const int64_t head_bytes = query_bytes(k_.width), heads = int64_t(queries.size()) * query_heads;
+    const int64_t head_bytes = query_bytes(key_width_), heads = int64_t(queries.size()) * query_heads;
     static thread_local std::vector<Line> kept_queries;  // [queries, query_heads, head_bytes]
     kept_queries.resize(size_t(heads * head_bytes / 64));
     uint8_t* spelled = kept_queries.data()->bytes;
     std::atomic<int64_t> next{0};
-    const bool alone = total_rows * (k_.row_bytes + v_.row_bytes) < SINGLE_THREAD_BYTES;
+    const bool alone = total_bytes < SINGLE_THREAD_BYTES;
 
 #pragma omp parallel num_threads(alone ? 1 : omp_get_max_threads())
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < heads; i++) {
             const int64_t head = i % query_heads;
-            spell(isa, q, queries[size_t(i / query_heads)].row * query_heads + head, head / (query_heads / kv_heads_), spelled + i * head_bytes);
+            const Query& query = queries[size_t(i / query_heads)];
+            spell(isa, kinds_[size_t(query.kind)].k, q, query.row * query_heads + head, head / (query_heads / kv_heads_), spelled + i * head_bytes);
         }
         for (int64_t i = next++; i < int64_t(parts.size()); i = next++) {
             const Part& part = parts[size_t(i)];
@@ -137,14 +147,15 @@ void PagedAttention::attend(
             std::fill(maxima, weights, -INFINITY);
             std::fill(weights, weights + query_heads, 0.0f);
             const uint8_t* spelled_query = spelled + (part.query - queries.data()) * query_heads * head_bytes;
+            const StreamShape &k = kinds_[size_t(part.query->kind)].k, &v = kinds_[size_t(part.query->kind)].v;
             attend_rows(
                 isa, *part.query, part.begin, part.end,
-                {spelled_query, maxima, weights, sums, k_.kind, v_.kind, kv_heads_, query_heads / kv_heads_, k_.width, v_.width, head_bytes, scale, softcap}
+                {spelled_query, maxima, weights, sums, k.kind, v.kind, kv_heads_, query_heads / kv_heads_, k.width, v.width, head_bytes, scale, softcap}
             );
         }
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < heads; i++) {
+        for (int64_t i = 0; i < int64_t(rows.size()) * query_heads; i++) {
             const int64_t s = i / query_heads, head = i % query_heads;
             float maximum = sinks ? sinks[head] : -INFINITY, weight = 0;
             for (int64_t p = first_part[size_t(s)]; p < first_part[size_t(s) + 1]; p++) maximum = std::max(maximum, partial[p * floats + query_heads * value_width + head]);
@@ -156,7 +167,7 @@ void PagedAttention::attend(
                 weight += share * at[query_heads * (value_width + 1) + head];
                 for (int64_t c = 0; c < value_width; c++) sums[c] += share * at[head * value_width + c];
             }
-            finish(sums, weight > 0 ? 1.0f / weight : 0.0f, out, queries[size_t(s)].row * query_heads + head);
+            finish(sums, weight > 0 ? 1.0f / weight : 0.0f, out, rows[size_t(s)] * query_heads + head);
         }
     }
 }

@@ -27,34 +27,38 @@ struct Query {
     int64_t k_first_page;
     const int32_t* v_pages;
     int64_t v_first_page;
+    int kind;  // of rows
 };
 
-// What of a sequence its queries see.
-struct SeenRows {
-    int64_t k_table, v_table;  // which of its page runs
-    int64_t window;            // rows, the query's own included; 0: all
+// One kind of row: keys in one stream, values in another or the same, and which of a sequence's rows its query sees.
+struct AttendedRows {
+    StreamShape k, v;
+    int64_t k_table, v_table;  // which of a sequence's page runs
+    int64_t window;            // the newest rows, the query's own included; 0: all
+    int64_t behind;            // but not the newest of these
 };
 
 class PagedAttention {
   public:
-    PagedAttention(const uint8_t* arena, int64_t page_bytes, StreamShape k, StreamShape v, SeenRows seen, int kv_heads, bool bf16)
-        : arena_(arena), page_bytes_(page_bytes), k_(std::move(k)), v_(std::move(v)), seen_(seen), kv_heads_(kv_heads), bf16_(bf16) {}
+    // All kinds have the same widths, and heads that are rotated and balanced alike.
+    PagedAttention(const uint8_t* arena, int64_t page_bytes, std::vector<AttendedRows> kinds, int kv_heads, bool bf16)
+        : arena_(arena), page_bytes_(page_bytes), kinds_(std::move(kinds)), kv_heads_(kv_heads), key_width_(kinds_[0].k.width), value_width_(kinds_[0].v.width), bf16_(bf16) {}
 
-    // out[row] = softmax(scale * q[row] . k) v for each span of one token, `row` being its row; others are left out. q is [tokens, query_heads, key width] and out [tokens, query_heads, value width], bfloat16
+    // out[row] = softmax(scale * q[row] . k) v over the rows of all kinds, for each span of one token, `row` being its row; others are left out.
+    // q is [tokens, query_heads, key width] and out [tokens, query_heads, value width], bfloat16
     // or float32; sinks [query_heads] float32 or null. A sequence is cut the same way whatever else runs beside it, and whatever the number of threads.
     void attend(const Isa& isa, const void* q, void* out, int query_heads, const StepSpans& step, float scale, float softcap, const float* sinks) const;
 
   private:
     void attend_rows(const Isa& isa, const Query& query, int64_t begin, int64_t end, const AttendState& state) const;
     void find_rows(const StreamShape& stream, const int32_t* pages, int64_t first_page, int64_t from, int64_t end, const uint8_t** rows) const;
-    void spell(const Isa& isa, const void* q, int64_t head, int64_t kv_head, uint8_t* to) const;  // head: of all rows of q
+    void spell(const Isa& isa, const StreamShape& keys, const void* q, int64_t head, int64_t kv_head, uint8_t* to) const;  // head: of all rows of q
     void finish(float* numbers, float factor, void* out, int64_t head) const;   // numbers [value width] are changed
 
     const uint8_t* arena_;
     int64_t page_bytes_;
-    StreamShape k_, v_;
-    SeenRows seen_;
-    int kv_heads_;
+    std::vector<AttendedRows> kinds_;
+    int kv_heads_, key_width_, value_width_;
     bool bf16_;
 };
 

@@ -114,38 +114,21 @@ void decode_blocks(const uint8_t* weights, int64_t count, int64_t k, Number* to)
 }
 
 template <typename Number>
-void decode_numbers(BlockType type, const uint8_t* weights, int64_t count, int64_t k, Number* to) {
-    switch (type) {
-        case BlockType::BF16:
-            for (int64_t i = 0; i < count * k; i++) put(bf16_to_float(reinterpret_cast<const uint16_t*>(weights)[i]), to + i);
-            break;
-        case BlockType::Q4_0: decode_blocks<BlockType::Q4_0>(weights, count, k, to); break;
-        case BlockType::Q4_1: decode_blocks<BlockType::Q4_1>(weights, count, k, to); break;
-        case BlockType::Q5_0: decode_blocks<BlockType::Q5_0>(weights, count, k, to); break;
-        case BlockType::Q5_1: decode_blocks<BlockType::Q5_1>(weights, count, k, to); break;
-        case BlockType::Q8_0: decode_blocks<BlockType::Q8_0>(weights, count, k, to); break;
-        case BlockType::Q4_K: decode_blocks<BlockType::Q4_K>(weights, count, k, to); break;
-        case BlockType::Q5_K: decode_blocks<BlockType::Q5_K>(weights, count, k, to); break;
-        case BlockType::Q6_K: decode_blocks<BlockType::Q6_K>(weights, count, k, to); break;
-    }
+void decode_numbers(const WeightRows& weights, int64_t k, Number* to) {
+    if (weights.type == BlockType::BF16)
+        for (int64_t i = 0; i < weights.count * k; i++) put(bf16_to_float(reinterpret_cast<const uint16_t*>(weights.data)[i]), to + i);
+    with_format(weights.type, [&]<BlockType T>() {
+        in_file_order<T>(weights, k, [&](const uint8_t* rows, int64_t first, int64_t count) { decode_blocks<T>(rows, count, k, to + first * k); });
+    });
 }
 
-inline void decode_rows(BlockType type, const uint8_t* weights, int64_t count, int64_t k, void* to, bool bf16) {
-    if (bf16) decode_numbers(type, weights, count, k, static_cast<uint16_t*>(to));
-    else decode_numbers(type, weights, count, k, static_cast<float*>(to));
+inline void decode_rows(const WeightRows& weights, int64_t k, void* to, bool bf16) {
+    if (bf16) decode_numbers(weights, k, static_cast<uint16_t*>(to));
+    else decode_numbers(weights, k, static_cast<float*>(to));
 }
 
-inline void multiply_rows(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride,
-                          const uint8_t*) {
-    switch (type) {
-        case BlockType::BF16: break;
-        case BlockType::Q4_0: multiply_blocks<BlockType::Q4_0>(weights, count, k, x, rows, y, stride); break;
-        case BlockType::Q4_1: multiply_blocks<BlockType::Q4_1>(weights, count, k, x, rows, y, stride); break;
-        case BlockType::Q5_0: multiply_blocks<BlockType::Q5_0>(weights, count, k, x, rows, y, stride); break;
-        case BlockType::Q5_1: multiply_blocks<BlockType::Q5_1>(weights, count, k, x, rows, y, stride); break;
-        case BlockType::Q8_0: multiply_blocks<BlockType::Q8_0>(weights, count, k, x, rows, y, stride); break;
-        case BlockType::Q4_K: multiply_blocks<BlockType::Q4_K>(weights, count, k, x, rows, y, stride); break;
-        case BlockType::Q5_K: multiply_blocks<BlockType::Q5_K>(weights, count, k, x, rows, y, stride); break;
-        case BlockType::Q6_K: multiply_blocks<BlockType::Q6_K>(weights, count, k, x, rows, y, stride); break;
-    }
+inline void multiply_rows(const WeightRows& weights, int64_t k, const Activations* x, int rows, float* y, int64_t stride, const uint8_t*) {
+    with_format(weights.type, [&]<BlockType T>() {
+        in_file_order<T>(weights, k, [&](const uint8_t* from, int64_t first, int64_t count) { multiply_blocks<T>(from, count, k, x, rows, y + first, stride); });
+    });
 }

@@ -53,52 +53,59 @@ class LinesAhead {
     bool near_;
 };
 
+// Sixteen rows of weights by Rows of activations: totals[r], a row of weights a lane.
 template <BlockType T, int Rows>
-void multiply_strips(const uint8_t* weights, int64_t count, int64_t k, const Activations* x, float* y, int64_t stride, const uint8_t* ahead) {
-    using Reader = Strip<T>;
-    constexpr int halves = Reader::halves, words = 8 / halves;
-    const int64_t bytes = shape_of(T).bytes, blocks = k / shape_of(T).weights, row_bytes = blocks * bytes;
+inline __attribute__((always_inline)) void multiply_strip(auto strip, int64_t blocks, const Activations* x, LinesAhead lines, __m512* totals) {
+    using Format = Reader<T>;
+    constexpr int halves = Format::halves, words = 8 / halves;
     const int8_t* q[Rows];
-    for (int r = 0; r < Rows; r++) q[r] = reinterpret_cast<const int8_t*>(x[r].q);
-    for (int64_t n = 0; n < count; n += LANES) {
-        const uint8_t* rows[LANES];
-        for (int i = 0; i < LANES; i++) rows[i] = weights + (n + i < count ? n + i : count - 1) * row_bytes;
-        LinesAhead lines(n + LANES < count ? rows[0] + LANES * row_bytes : ahead, LANES * row_bytes);
-        Reader strip;
-        Unpacked<Reader::unit, halves> unpacked;
-        __m512 totals[Rows];
-        for (auto& total : totals) total = _mm512_setzero_ps();
-        int64_t group = 0;
-        for (int64_t block = 0; block < blocks; block++) {
-            strip.open(rows, block * bytes);
-            for (int unit = 0; unit < Reader::groups / Reader::unit; unit++) {
-                lines.ask<int(LANES * shape_of(T).bytes * Reader::unit / Reader::groups)>();
-                strip.unpack(unit, unpacked);
-                for (int g = 0; g < Reader::unit; g++, group++)
-                    for (int h = 0; h < halves; h++) {
-                        __m512i upper[Rows], lower[Rows];
-                        for (int r = 0; r < Rows; r++) upper[r] = lower[r] = _mm512_setzero_si512();
+    for (int r = 0; r < Rows; r++) q[r] = reinterpret_cast<const int8_t*>(x[r].q), totals[r] = _mm512_setzero_ps();
+    Format reader;
+    int64_t group = 0;
+    for (int64_t block = 0; block < blocks; block++) {
+        strip.open(block);
+        reader.open(strip);
+        for (int unit = 0; unit < Format::groups / Format::unit; unit++) {
+            lines.ask<int(LANES * shape_of(T).bytes * Format::unit / Format::groups)>();
+            Unpacked<Format::unit, halves> unpacked;
+            reader.unpack(strip, unit, unpacked);
+            for (int g = 0; g < Format::unit; g++, group++)
+                for (int h = 0; h < halves; h++) {
+                    __m512i upper[Rows], lower[Rows];
+                    for (int r = 0; r < Rows; r++) upper[r] = lower[r] = _mm512_setzero_si512();
 #pragma GCC unroll 8
-                        for (int i = 0; i < words; i++) {
-                            const Bytes w = unpacked.w[8 * g + words * h + i];
-                            for (int r = 0; r < Rows; r++) {
-                                add_word(upper[r], w, q[r] + 64 * group + 4 * (words * h + i));
-                                add_word(lower[r], w, q[r] + 64 * group + 4 * (words * h + i) + 32);
-                            }
-                        }
+                    for (int i = 0; i < words; i++) {
+                        const Bytes w = unpacked.w[8 * g + words * h + i];
                         for (int r = 0; r < Rows; r++) {
-                            __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[r], 8), lower[r]);
-                            if constexpr (Reader::offset > 0)
-                                sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(Reader::offset * (halves == 2 ? x[r].sum16[2 * group + h] : x[r].sum32[group])));
-                            const __m512 scale = _mm512_mul_ps(unpacked.scale[halves * g + h], _mm512_set1_ps(x[r].scale[group]));
-                            totals[r] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum), totals[r]);
-                            if constexpr (Reader::has_minimum) totals[r] = _mm512_fmadd_ps(unpacked.minimum[g], _mm512_set1_ps(x[r].sum[group]), totals[r]);
+                            add_word(upper[r], w, q[r] + 64 * group + 4 * (words * h + i));
+                            add_word(lower[r], w, q[r] + 64 * group + 4 * (words * h + i) + 32);
                         }
                     }
-            }
+                    for (int r = 0; r < Rows; r++) {
+                        __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[r], 8), lower[r]);
+                        if constexpr (Format::offset > 0)
+                            sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(Format::offset * (halves == 2 ? x[r].sum16[2 * group + h] : x[r].sum32[group])));
+                        const __m512 scale = _mm512_mul_ps(unpacked.scale[halves * g + h], _mm512_set1_ps(x[r].scale[group]));
+                        totals[r] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum), totals[r]);
+                        if constexpr (Format::has_minimum) totals[r] = _mm512_fmadd_ps(unpacked.minimum[g], _mm512_set1_ps(x[r].sum[group]), totals[r]);
+                    }
+                }
         }
-        const __mmask16 present = count - n >= LANES ? __mmask16(0xffff) : __mmask16((1u << (count - n)) - 1);
-        for (int r = 0; r < Rows; r++) _mm512_mask_storeu_ps(y + r * stride + n, present, totals[r]);
+    }
+}
+
+template <BlockType T, int Rows>
+void multiply_strips(const WeightRows& weights, int64_t k, const Activations* x, float* y, int64_t stride, const uint8_t* ahead) {
+    const int64_t blocks = k / shape_of(T).weights, strip_bytes = LANES * blocks * shape_of(T).bytes, end = weights.skip + weights.count;
+    for (int64_t n = 0; n < end; n += LANES) {
+        const uint8_t* at = weights.data + n / LANES * strip_bytes;
+        const LinesAhead lines(n + LANES < end ? at + strip_bytes : ahead, strip_bytes);
+        __m512 totals[Rows];
+        if (weights.interleaved) multiply_strip<T, Rows>(InterleavedStrip<T>(at, blocks), blocks, x, lines, totals);
+        else multiply_strip<T, Rows>(FileStrip<T>(at, blocks, end - n), blocks, x, lines, totals);
+        const int64_t first = n < weights.skip ? weights.skip - n : 0, last = end - n < LANES ? end - n : LANES;
+        const __mmask16 wanted = __mmask16((1u << last) - (1u << first));
+        for (int r = 0; r < Rows; r++) _mm512_mask_storeu_ps(y + r * stride + n - weights.skip, wanted, totals[r]);
     }
 }
 
@@ -150,30 +157,19 @@ inline void multiply_bf16_avx512(const uint8_t* weights, int64_t count, int64_t 
 }
 
 template <BlockType T>
-void multiply_format(const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride, const uint8_t* ahead) {
+void multiply_format(const WeightRows& weights, int64_t k, const Activations* x, int rows, float* y, int64_t stride, const uint8_t* ahead) {
     switch (rows) {
-        case 1: multiply_strips<T, 1>(weights, count, k, x, y, stride, ahead); break;
-        case 2: multiply_strips<T, 2>(weights, count, k, x, y, stride, ahead); break;
-        case 3: multiply_strips<T, 3>(weights, count, k, x, y, stride, ahead); break;
-        case 4: multiply_strips<T, 4>(weights, count, k, x, y, stride, ahead); break;
-        case 5: multiply_strips<T, 5>(weights, count, k, x, y, stride, ahead); break;
-        case 6: multiply_strips<T, 6>(weights, count, k, x, y, stride, ahead); break;
-        case 7: multiply_strips<T, 7>(weights, count, k, x, y, stride, ahead); break;
-        default: multiply_strips<T, 8>(weights, count, k, x, y, stride, ahead); break;
+        case 1: multiply_strips<T, 1>(weights, k, x, y, stride, ahead); break;
+        case 2: multiply_strips<T, 2>(weights, k, x, y, stride, ahead); break;
+        case 3: multiply_strips<T, 3>(weights, k, x, y, stride, ahead); break;
+        case 4: multiply_strips<T, 4>(weights, k, x, y, stride, ahead); break;
+        case 5: multiply_strips<T, 5>(weights, k, x, y, stride, ahead); break;
+        case 6: multiply_strips<T, 6>(weights, k, x, y, stride, ahead); break;
+        case 7: multiply_strips<T, 7>(weights, k, x, y, stride, ahead); break;
+        default: multiply_strips<T, 8>(weights, k, x, y, stride, ahead); break;
     }
 }
 
-inline void multiply_avx512(BlockType type, const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride,
-                            const uint8_t* ahead) {
-    switch (type) {
-        case BlockType::BF16: break;
-        case BlockType::Q4_0: multiply_format<BlockType::Q4_0>(weights, count, k, x, rows, y, stride, ahead); break;
-        case BlockType::Q4_1: multiply_format<BlockType::Q4_1>(weights, count, k, x, rows, y, stride, ahead); break;
-        case BlockType::Q5_0: multiply_format<BlockType::Q5_0>(weights, count, k, x, rows, y, stride, ahead); break;
-        case BlockType::Q5_1: multiply_format<BlockType::Q5_1>(weights, count, k, x, rows, y, stride, ahead); break;
-        case BlockType::Q8_0: multiply_format<BlockType::Q8_0>(weights, count, k, x, rows, y, stride, ahead); break;
-        case BlockType::Q4_K: multiply_format<BlockType::Q4_K>(weights, count, k, x, rows, y, stride, ahead); break;
-        case BlockType::Q5_K: multiply_format<BlockType::Q5_K>(weights, count, k, x, rows, y, stride, ahead); break;
-        case BlockType::Q6_K: multiply_format<BlockType::Q6_K>(weights, count, k, x, rows, y, stride, ahead); break;
-    }
+inline void multiply_avx512(const WeightRows& weights, int64_t k, const Activations* x, int rows, float* y, int64_t stride, const uint8_t* ahead) {
+    with_format(weights.type, [&]<BlockType T>() { multiply_format<T>(weights, k, x, rows, y, stride, ahead); });
 }

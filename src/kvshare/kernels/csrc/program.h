@@ -12,6 +12,7 @@
 
 #include "kernels.h"
 #include "step_spans.h"
+#include "stopwatch.h"
 
 namespace kvshare {
 
@@ -49,25 +50,34 @@ inline thread_local Program* recording = nullptr;  // what the kernels that this
 enum class Gil { kept, released };  // while a call runs; released where it takes long
 
 // Runs call(isa), and records it where this thread records. Called with the GIL held; an object that must stay alive may be captured as nb::object.
+// `work` is what a stopwatch counts its time as.
 template <typename Call>
-void perform(Gil gil, Call call) {
+void perform(Gil gil, Call call, Work work = Work::small) {
+    auto timed = [call = std::move(call), work](const Isa& isa) {
+        const Timed timer(work);
+        call(isa);
+    };
     {
         std::optional<nanobind::gil_scoped_release> released;
         if (gil == Gil::released) released.emplace();
-        call(active_isa());
+        timed(active_isa());
     }
-    if (recording) recording->append([call = std::move(call)](const Isa& isa, const StepSpans&) { call(isa); });
+    if (recording) recording->append([timed = std::move(timed)](const Isa& isa, const StepSpans&) { timed(isa); });
 }
 
 // The same for call(isa, spans): what it does with the step's tokens and rows.
 template <typename Call>
-void perform(Gil gil, const StepSpans& spans, Call call) {
+void perform(Gil gil, const StepSpans& spans, Call call, Work work = Work::small) {
+    auto timed = [call = std::move(call), work](const Isa& isa, const StepSpans& own) {
+        const Timed timer(work);
+        call(isa, own);
+    };
     {
         std::optional<nanobind::gil_scoped_release> released;
         if (gil == Gil::released) released.emplace();
-        call(active_isa(), spans);
+        timed(active_isa(), spans);
     }
-    if (recording) recording->append(spans, std::move(call));
+    if (recording) recording->append(spans, std::move(timed));
 }
 
 inline void not_recorded(const char* what) {

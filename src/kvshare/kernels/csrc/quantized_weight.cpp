@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -12,10 +13,12 @@ namespace kvshare {
 
 namespace {
 
+#include "interleave.h"
+
 constexpr int64_t PIECE_BYTES = 192 << 10;          // of weights that a thread takes at once: they stay in its cache for further rows of activations
 constexpr int64_t PIECE_ROWS = 256;                 // of weights at most
 constexpr int64_t PIECES_A_THREAD = 8;              // at least, where there are enough rows, so that a thread that is held up keeps none waiting
-constexpr int64_t UNIT = 32;                        // rows of weights that kernels take together
+constexpr int64_t UNIT = 2 * STRIP;                 // rows of weights that a piece holds multiples of
 constexpr int64_t SINGLE_THREAD_BYTES = 64 << 10;   // below this, waking other threads costs more than they bring
 constexpr int64_t ROUNDED_ALONE = 16 << 10;         // activations that the calling thread rounds before it starts the others
 constexpr int64_t LINE = 64;                        // bytes of a cache line: vectors that straddle two cost twice
@@ -26,19 +29,18 @@ int64_t whole_lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
 // Rows of weights that one thread takes at once.
 struct Piece {
-    const uint8_t* rows;
-    int64_t first, count;  // counted from the first row that is asked for
-    BlockType type;
+    WeightRows weights;
+    int64_t first;  // counted from the first row that is asked for
 };
 
-// Rows [begin, end) of a matrix in pieces of one format each.
+// Rows [begin, end) of a matrix in pieces of one format and order each, which begin where a strip does.
 class Pieces {
   public:
     Pieces(const std::vector<Segment>& segments, int64_t k, int64_t begin, int64_t end, int64_t threads)
         : segments_(segments), k_(k), begin_(begin), end_(end), shared_((end - begin) / (PIECES_A_THREAD * threads)) {
         int64_t start = 0;
         for (const Segment& segment : segments_) {
-            count_ += (rows_of(segment, start) + step(segment) - 1) / step(segment);
+            count_ += pieces_of(segment, start);
             start += segment.count;
         }
     }
@@ -47,10 +49,11 @@ class Pieces {
     Piece operator[](int64_t i) const {
         int64_t start = 0;
         for (const Segment& segment : segments_) {
-            const int64_t rows = rows_of(segment, start), here = (rows + step(segment) - 1) / step(segment);
+            const int64_t here = pieces_of(segment, start);
             if (i < here) {
-                const int64_t low = std::max(begin_, start) + i * step(segment);
-                return {segment.rows + (low - start) * row_bytes(segment.type, k_), low - begin_, std::min(step(segment), rows - i * step(segment)), segment.type};
+                const int64_t from = low(start), each = step(segment), strip = from / STRIP * STRIP + i * each, first = std::max(from, strip);
+                const int64_t count = std::min(strip + each, high(segment, start)) - first, row = segment.interleaved ? strip : first;
+                return {{segment.type, segment.interleaved, segment.rows + row * row_bytes(segment.type, k_), first - row, count}, start + first - begin_};
             }
             i -= here;
             start += segment.count;
@@ -59,7 +62,13 @@ class Pieces {
     }
 
   private:
-    int64_t rows_of(const Segment& segment, int64_t start) const { return std::max<int64_t>(0, std::min(end_, start + segment.count) - std::max(begin_, start)); }
+    // the rows of a segment that are asked for
+    int64_t low(int64_t start) const { return std::max<int64_t>(0, begin_ - start); }
+    int64_t high(const Segment& segment, int64_t start) const { return std::min(segment.count, end_ - start); }
+    int64_t pieces_of(const Segment& segment, int64_t start) const {
+        const int64_t from = low(start), to = high(segment, start);
+        return from < to ? (to - from / STRIP * STRIP + step(segment) - 1) / step(segment) : 0;
+    }
     int64_t step(const Segment& segment) const {
         const int64_t most = std::min({PIECE_BYTES / row_bytes(segment.type, k_), PIECE_ROWS, shared_});
         return std::max(UNIT, most / UNIT * UNIT);
@@ -103,13 +112,16 @@ void to_bf16(const float* from, int64_t count, uint16_t* to) {  // to nearest ev
 
 }  // namespace
 
-QuantizedWeight::QuantizedWeight(std::vector<Segment> segments, int64_t in_features) : segments_(std::move(segments)), in_features_(in_features) {
-    for (const Segment& segment : segments_) {
+QuantizedWeight::QuantizedWeight(std::vector<Segment> segments, int64_t in_features) : in_features_(in_features) {
+    for (const Segment& segment : segments) {
         const int64_t unit = shape_of(segment.type).weights;
         if (in_features <= 0 || in_features % unit) throw std::invalid_argument("rows of " + std::to_string(in_features) + " weights are not whole blocks of " + std::to_string(unit));
         out_features_ += segment.count;
         bytes_ += segment.count * row_bytes(segment.type, in_features);
         has_blocks_ |= segment.type != BlockType::BF16;
+        const int64_t strips = segment.interleaved ? segment.count / STRIP * STRIP : 0;
+        if (strips) segments_.push_back({segment.rows, strips, segment.type, true});
+        if (strips < segment.count) segments_.push_back({segment.rows + strips * row_bytes(segment.type, in_features), segment.count - strips, segment.type, false});
     }
 }
 
@@ -139,15 +151,15 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
         // the piece behind this one is taken before this one is worked on, so that the kernel can ask the memory for it in time
         for (int64_t i = next++, behind; i < pieces.count(); i = behind) {
             behind = next++;
-            const Piece piece = pieces[i];
-            const uint8_t* ahead = behind < pieces.count() ? pieces[behind].rows : piece.rows;
+            const auto [weights, first] = pieces[i];
+            const uint8_t* ahead = behind < pieces.count() ? pieces[behind].weights.data : weights.data;
             for (int64_t r = 0; r < rows; r += together) {
                 const int count = int(std::min(together, rows - r));
-                float* y = out_bf16 ? sums : static_cast<float*>(out) + r * out_features + piece.first;
-                const int64_t stride = out_bf16 ? piece.count : out_features;
-                if (piece.type == BlockType::BF16) isa.multiply_bf16(piece.rows, piece.count, k, row(r), x_bf16, count, y, stride, ahead);
-                else isa.multiply(piece.type, piece.rows, piece.count, k, activations + r, count, y, stride, ahead);
-                for (int j = 0; out_bf16 && j < count; j++) to_bf16(sums + j * stride, piece.count, static_cast<uint16_t*>(out) + (r + j) * out_features + piece.first);
+                float* y = out_bf16 ? sums : static_cast<float*>(out) + r * out_features + first;
+                const int64_t stride = out_bf16 ? weights.count : out_features;
+                if (weights.type == BlockType::BF16) isa.multiply_bf16(weights.data, weights.count, k, row(r), x_bf16, count, y, stride, ahead);
+                else isa.multiply(weights, k, activations + r, count, y, stride, ahead);
+                for (int j = 0; out_bf16 && j < count; j++) to_bf16(sums + j * stride, weights.count, static_cast<uint16_t*>(out) + (r + j) * out_features + first);
             }
         }
     }
@@ -157,8 +169,8 @@ void QuantizedWeight::decode(const Isa& isa, int64_t begin, int64_t end, void* t
     const Pieces pieces(segments_, in_features_, begin, end, omp_get_max_threads());
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < pieces.count(); i++) {
-        const Piece piece = pieces[i];
-        isa.decode(piece.type, piece.rows, piece.count, in_features_, static_cast<uint8_t*>(to) + piece.first * in_features_ * (bf16 ? 2 : 4), bf16);
+        const auto [weights, first] = pieces[i];
+        isa.decode(weights, in_features_, static_cast<uint8_t*>(to) + first * in_features_ * (bf16 ? 2 : 4), bf16);
     }
 }
 

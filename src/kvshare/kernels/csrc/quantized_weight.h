@@ -10,6 +10,7 @@ struct Segment {
     const uint8_t* rows;
     int64_t count;
     BlockType type;
+    bool interleaved;  // as many rows as are whole strips; the others lie behind them as in the file
 };
 
 class QuantizedWeight {
