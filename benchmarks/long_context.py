@@ -9,6 +9,7 @@ memory above the base than the weights, the plan's peak of the cache at that chu
 
 A step needs the more memory the longer the context before it is. So `--last N` computes only the first chunk and the last N tokens: the
 pages of those between are taken and written as a prefill does, but with zeros, in seconds where 128K tokens of prefill take many minutes.
+Without it everything is computed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rich.table import Table
 ALLOWANCE = 300_000_000  # bytes beyond weights and cache
 DECODED = 16  # tokens behind the prompt
 SAMPLE_SECONDS = 0.005
+TITLE = "peak anonymous memory above the base, MB; files are mapped pages that were in memory"
 PHASES = ("base", "load", "prefill", "decode")
 
 
@@ -46,6 +48,7 @@ def run(model: str, weights: str, context: int, chunk: int, kv_dtype: str | None
     tokenizer = open_checkpoint(model).tokenizer()
     finished("base", vocabulary=len(tokenizer.encode("a")))
     from kvshare import LLM, SamplingParams
+    from kvshare.checkpoints.progress import progress_bar
 
     llm = LLM(model, weights=weights, max_context=context + DECODED + 1, max_sequences=1, chunk=chunk, kv_dtype=kv_dtype)
     finished("load", weight_bytes=weight_bytes(llm.model))
@@ -56,8 +59,10 @@ def run(model: str, weights: str, context: int, chunk: int, kv_dtype: str | None
         llm.engine.step()  # the first chunk, with which the scheduler takes the sequence in
         fill(sequence.cache, context - last - sequence.cache.num_tokens, chunk)
     begun = time.perf_counter()
-    while not sequence.output.token_ids:
-        llm.engine.step()
+    with progress_bar(f"prompt of {context:,}", unit="tokens") as progress:
+        while not sequence.output.token_ids:
+            llm.engine.step()
+            progress(min(context, sequence.cache.num_tokens), context)
     planned = llm.layout.peak_bytes(context, 1, llm.engine.precision, chunk)
     finished("prefill", seconds=time.perf_counter() - begun, cache_bytes=llm.arena.peak_bytes, planned_bytes=planned)
     begun = time.perf_counter()
@@ -156,23 +161,39 @@ def main() -> None:
     same = {"model": options.model, "weights": options.weights, "chunk": options.chunk, "kv_dtype": options.kv_dtype, "last": options.last}
     rows = [watch({**same, "context": context}) for context in contexts]
     if options.json:
-        options.json.write_text(json.dumps({"model": options.model, "rows": rows}, indent=1))
+        options.json.write_text(json.dumps({"model": options.model, "rows": rows}, indent=1) + "\n")
     Console().print(summary(rows))
     sys.exit(0 if all(row["within"] for row in rows) else 1)
 
 
+COLUMNS = ("context", "base", *PHASES[1:], "bar", "weights", "cache, planned", "cache, measured", "files", "computed", "prefill s")
+
+
 def summary(rows: list[dict[str, Any]]) -> Table:
     """In MB (10^6 bytes)."""
-    table = Table(title="peak anonymous memory above the base, MB; files are mapped pages that were in memory")
-    columns = ("context", "base", *PHASES[1:], "bar", "weights", "cache, planned", "cache, measured", "files", "prefill s")
-    for column in columns:
+    table = Table(title=TITLE)
+    for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        phases, base = row["phases"], row["base_bytes"]
-        sizes = [base, *(phases[phase]["anonymous"] - base for phase in PHASES[1:]), row["bar_bytes"], phases["load"]["weight_bytes"]]
-        sizes += [phases["prefill"]["planned_bytes"], phases["prefill"]["cache_bytes"], max(phases[phase]["files"] for phase in PHASES)]
-        table.add_row(f"{row['context']:,}", *(f"{size / 1e6:,.0f}" for size in sizes), f"{phases['prefill']['seconds']:.0f}")
+        table.add_row(*_cells(row))
     return table
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The same from what `--json` wrote."""
+    rows = document["rows"]
+    of = f"{Path(document['model']).name}, {rows[0]['weights']} weights, {rows[0]['kv_dtype'] or '16-bit'} cache, chunks of {rows[0]['chunk']}"
+    lines = [f"**Memory**, {of}: {TITLE}", ""]
+    cells = [COLUMNS, ["---"] * len(COLUMNS), *(_cells(row) for row in rows)]
+    return "\n".join(lines + [f"| {' | '.join(each)} |" for each in cells])
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    phases, base = row["phases"], row["base_bytes"]
+    sizes = [base, *(phases[phase]["anonymous"] - base for phase in PHASES[1:]), row["bar_bytes"], phases["load"]["weight_bytes"]]
+    sizes += [phases["prefill"]["planned_bytes"], phases["prefill"]["cache_bytes"], max(phases[phase]["files"] for phase in PHASES)]
+    computed = "all" if row["last"] is None else f"last {row['last']:,}"
+    return [f"{row['context']:,}", *(f"{size / 1e6:,.0f}" for size in sizes), computed, f"{phases['prefill']['seconds']:.0f}"]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `benchmarks.compare --json` wrote, as Markdown tables and plots.
+"""What `benchmarks.compare`, `.micro` and `.long_context` wrote with --json, as Markdown tables; speeds also as plots.
 
 python -m benchmarks.report results/*.json [--plots docs/benchmarks]
 """
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import long_context
+from benchmarks.micro import report as micro_report
 from kvshare.benchmark.plot import save_plot
 from kvshare.benchmark.profile import Part, StepProfile, profile_from
 from kvshare.benchmark.summary import Summary, summarize
@@ -27,10 +29,17 @@ def main() -> None:
     options = parser.parse_args()
     for file in options.files:
         document = json.loads(file.read_text())
-        print(tables(document, options.first), end="\n\n")
-        if options.plots:
+        print(markdown(document, options.first), end="\n\n")
+        if options.plots and "engines" in document:
             options.plots.mkdir(parents=True, exist_ok=True)
             save_plots(document, options.plots / f"{file.stem}.svg")
+
+
+def markdown(document: Document, first: str | None = None) -> str:
+    """The tables of a file, whichever of the benchmarks wrote it."""
+    if "results" in document:
+        return micro_report.tables(document)
+    return tables(document, first) if "engines" in document else long_context.markdown(document)
 
 
 def tables(document: Document, first: str | None = None) -> str:

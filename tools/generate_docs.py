@@ -117,10 +117,11 @@ def bundled_configs() -> str:
 
 
 def measurements(file: Path) -> str:
-    """The tables of one comparison with other engines."""
-    from benchmarks.report import tables
+    """The tables of one benchmark, or of all those in a directory."""
+    from benchmarks.report import markdown
 
-    return tables(json.loads(file.read_text())) + "\n"
+    files = sorted(file.glob("*.json")) if file.is_dir() else [file]
+    return "\n".join(markdown(json.loads(each.read_text())) + "\n" for each in files)
 
 
 GENERATORS: Mapping[str, Callable[[], str]] = {
@@ -136,7 +137,7 @@ def generated(what: str) -> str:
     """The text of one part. Raises `SystemExit` for one that nothing generates."""
     if what in GENERATORS:
         return GENERATORS[what]()
-    if what.endswith(".json"):
+    if what.endswith(".json") or what.endswith("results"):
         return measurements(ROOT / what)
     if what.split()[0] != "kvshare":
         raise SystemExit(f"nothing generates {what!r}: it is neither one of {', '.join(GENERATORS)} nor a .json file or a kvshare command")

@@ -3,7 +3,7 @@
     python -m benchmarks.micro [--json micro.json] [--only encoded,tiles] [--cpu-clock]
 
 Weights are rotated over more memory than the caches hold. Bytes are what the work must read: blocks once, keys and values once. Bandwidth
-and peak are measured before each part. On a machine that others use at the same time, `--cpu-clock` runs one thread and counts its
+and peak are measured before each part, the bandwidth also before and after each piece of work that it limits: the higher one counts. On a machine that others use at the same time, `--cpu-clock` runs one thread and counts its
 processor time alone.
 """
 
@@ -23,7 +23,10 @@ from benchmarks.micro import Result, Timed
 from benchmarks.micro.attention import encoded, one_query, tiles
 from benchmarks.micro.products import few_rows, many_rows
 from kvshare import kernels
-from kvshare.benchmark.machine import measure, median_seconds, processor_name
+from kvshare.benchmark.machine import measure, median_seconds, processor_name, read_speed
+from kvshare.huge_pages import empty_huge
+
+PROBED_BYTES = 256 << 20  # many times what the caches hold
 
 PARTS: Mapping[str, Callable[[Timed], Iterator[Result]]] = {
     "products": few_rows,
@@ -50,17 +53,22 @@ def main() -> None:
         torch.set_num_threads(1)
         clock = time.process_time
     print(f"{torch.get_num_threads()} threads of {processor_name()}, {kernels.isa()}")
-    results = []
+    results, memory = [], empty_huge(PROBED_BYTES).fill_(1)
     for name in chosen:
         machine = measure(clock)
-        limits = {"read": machine.read_gb_s, "gemm": machine.gemm_gflop_s}
+        reads = read_speed(memory, clock) / 1e9
         print(
             f"\n{name}: reads {machine.read_gb_s:.1f} GB/s, multiplies {machine.gemm_gflop_s:.0f} GFLOP/s\n"
             f"{'kernel':<8}{'work':<56}{'ms':>9}{'G/s':>8}{'share':>7}{'other':>20}{'ms':>9}{'faster':>8}"
         )
         for result in PARTS[name](partial(median_seconds, clock=clock)):
+            limits = {"gemm": machine.gemm_gflop_s}
+            if result.limit == "read":
+                before, reads = reads, read_speed(memory, clock) / 1e9
+                limits["read"] = max(before, reads)
             share = result.speed / limits[result.limit]
-            results.append({"part": name, **asdict(machine), **asdict(result), "share": share, "speedup": result.speedup})
+            measured = {"read_gb_s": limits.get("read", machine.read_gb_s), "gemm_gflop_s": machine.gemm_gflop_s}
+            results.append({"part": name, **measured, **asdict(result), "share": share, "speedup": result.speedup})
             print(
                 f"{result.kernel:<8}{result.work:<56}{result.seconds * 1e3:>9.3f}{result.speed:>8.1f}{share:>7.0%}"
                 f"{result.other:>20}{result.other_seconds * 1e3:>9.3f}{result.speedup:>7.2f}x",
