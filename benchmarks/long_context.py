@@ -182,7 +182,7 @@ def summary(rows: list[dict[str, Any]]) -> Table:
 def markdown(document: Mapping[str, Any]) -> str:
     """The same from what `--json` wrote."""
     rows = document["rows"]
-    of = f"{Path(document['model']).name}, {rows[0]['weights']} weights, {rows[0]['kv_dtype'] or '16-bit'} cache, chunks of {rows[0]['chunk']}"
+    of = f"{Path(document['model']).name}, {rows[0]['weights']} weights, {rows[0]['kv_dtype'] or '16-bit'} cache"
     lines = [f"**Memory**, {of}: {TITLE}", ""]
     cells = [COLUMNS, ["---"] * len(COLUMNS), *(_cells(row) for row in rows)]
     return "\n".join(lines + [f"| {' | '.join(each)} |" for each in cells])

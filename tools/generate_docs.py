@@ -137,7 +137,7 @@ def generated(what: str) -> str:
     """The text of one part. Raises `SystemExit` for one that nothing generates."""
     if what in GENERATORS:
         return GENERATORS[what]()
-    if what.endswith(".json") or what.endswith("results"):
+    if what.endswith((".json", "results")):
         return measurements(ROOT / what)
     if what.split()[0] != "kvshare":
         raise SystemExit(f"nothing generates {what!r}: it is neither one of {', '.join(GENERATORS)} nor a .json file or a kvshare command")

@@ -3,8 +3,8 @@
     python -m benchmarks.micro [--json micro.json] [--only encoded,tiles] [--cpu-clock]
 
 Weights are rotated over more memory than the caches hold. Bytes are what the work must read: blocks once, keys and values once. Bandwidth
-and peak are measured before each part, the bandwidth also before and after each piece of work that it limits: the higher one counts. On a machine that others use at the same time, `--cpu-clock` runs one thread and counts its
-processor time alone.
+and peak are measured before each part, the bandwidth also before and after each piece of work that it limits: the higher one counts. On a
+machine that others use at the same time, `--cpu-clock` runs one thread and counts its processor time alone.
 """
 
 from __future__ import annotations
