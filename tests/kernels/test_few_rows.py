@@ -7,7 +7,7 @@ import torch
 
 from kvshare import kernels
 from kvshare.layers.embedding import Embedding
-from kvshare.layers.few_rows import FEW_NUMBERS, FEW_ROWS, FewRowsProduct
+from kvshare.layers.few_rows import FEW_ROWS, FewRowsProduct
 from kvshare.layers.linear import Linear
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.reason_unavailable()}")
@@ -40,7 +40,6 @@ def test_who_multiplies() -> None:
     with torch.no_grad():
         assert product.of(weight, x) is not None
         assert product.of(weight, x.expand(FEW_ROWS + 1, -1)) is None
-        assert product.of(torch.zeros(1, FEW_NUMBERS // 2 + 1).bfloat16(), torch.zeros(2, FEW_NUMBERS // 2 + 1).bfloat16()) is None
         assert product.of(weight.float(), x.float()) is None
         assert product.of(weight[:, ::2], x[:, ::2]) is None
         moved = weight.clone()

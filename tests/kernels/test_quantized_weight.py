@@ -77,7 +77,7 @@ def test_product_equals_twin(name: str, dtype: torch.dtype, isa: str) -> None:
         assert_equals_twin(weight.matmul(x, dtype=torch.float32), [part], x)
 
 
-@pytest.mark.parametrize("width", [32, 96, 1536, 2080 + 3])
+@pytest.mark.parametrize("width", [32, 96, 1536, 2080 + 3, 12288 + 32])  # with many rows, wide ones are multiplied a block at a time
 def test_bfloat16_product_is_that_of_float64(width: int, isa: str) -> None:
     part = torch.randn(37, width, generator=torch.Generator().manual_seed(width)).bfloat16()
     weight = QuantizedWeight([part])

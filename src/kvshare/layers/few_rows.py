@@ -9,7 +9,6 @@ from kvshare import kernels
 from kvshare.kernels.quantized_weight import QuantizedWeight
 
 FEW_ROWS = 16  # with more, torch's product is as fast
-FEW_NUMBERS = 1 << 16  # so many activations, too: more leave the first-level cache before they meet the next rows of weights
 
 
 class FewRowsProduct:
@@ -21,7 +20,7 @@ class FewRowsProduct:
 
     def of(self, weight: Tensor, x: Tensor) -> QuantizedWeight | None:  # [out_features, in_features], [..., in_features]
         """What multiplies `x` natively; None where torch does: many rows, another type or device, gradients, no kernels."""
-        if x.numel() > min(FEW_NUMBERS, FEW_ROWS * x.shape[-1]) or torch.is_grad_enabled() or weight.dtype != torch.bfloat16:
+        if x.numel() > FEW_ROWS * x.shape[-1] or torch.is_grad_enabled() or weight.dtype != torch.bfloat16:
             return None
         if not kernels.available():
             return None

@@ -1,6 +1,7 @@
 // AVX512 with VNNI, VBMI and BF16 (Zen 4, Sapphire Rapids and later).
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>
@@ -19,6 +20,7 @@ namespace avx512 {
 #include "product.h"
 #include "strips_avx512.h"
 #include "product_avx512.h"
+#include "bf16_product_avx512.h"
 #include "blocks_avx512.h"
 #include "decode_avx512.h"
 #include "row_decode.h"

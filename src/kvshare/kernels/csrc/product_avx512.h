@@ -109,53 +109,6 @@ void multiply_strips(const WeightRows& weights, int64_t k, const Activations* x,
     }
 }
 
-// The sums of whole registers for Together rows of weights and Rows of activations; both are read as they are.
-template <int Rows>
-void multiply_pairs(const uint8_t* weights, int64_t count, int64_t k, const uint16_t* x, float* y, int64_t stride, const uint8_t* ahead) {
-    constexpr int together = 16 / Rows < 4 ? 16 / Rows : 4;
-    const int64_t whole = k / 32 * 32;
-    const __mmask32 rest = (1u << (k - whole)) - 1;
-    for (int64_t n = 0; n < count; n += together) {
-        const uint16_t* w[together];
-        for (int j = 0; j < together; j++) w[j] = reinterpret_cast<const uint16_t*>(weights) + (n + j < count ? n + j : count - 1) * k;
-        LinesAhead lines(n + together < count ? reinterpret_cast<const uint8_t*>(w[0] + together * k) : ahead, together * k * 2);
-        __m512 sums[16];
-        for (auto& sum : sums) sum = _mm512_setzero_ps();
-        const auto add = [&](auto load, int64_t i) __attribute__((always_inline)) {
-            __m512bh row[together];
-            for (int j = 0; j < together; j++) row[j] = (__m512bh)load(w[j] + i);
-            for (int r = 0; r < Rows; r++) {
-                const __m512bh numbers = (__m512bh)load(x + r * k + i);
-                for (int j = 0; j < together; j++) sums[r * together + j] = _mm512_dpbf16_ps(sums[r * together + j], row[j], numbers);
-            }
-        };
-        for (int64_t i = 0; i < whole; i += 32) {
-            lines.ask<64 * together>();
-            add([](const uint16_t* p) { return _mm512_loadu_si512(p); }, i);
-        }
-        if (rest) add([rest](const uint16_t* p) { return _mm512_maskz_loadu_epi16(rest, p); }, whole);
-        alignas(64) float out[16];
-        _mm512_store_ps(out, sums_of(sums));
-        for (int r = 0; r < Rows; r++)
-            for (int j = 0; j < together && n + j < count; j++) y[r * stride + n + j] = out[r * together + j];
-    }
-}
-
-inline void multiply_bf16_avx512(const uint8_t* weights, int64_t count, int64_t k, const void* x, bool bf16, int rows, float* y, int64_t stride, const uint8_t* ahead) {
-    if (!bf16) return multiply_bf16(weights, count, k, x, bf16, rows, y, stride, ahead);
-    const uint16_t* numbers = static_cast<const uint16_t*>(x);
-    switch (rows) {
-        case 1: multiply_pairs<1>(weights, count, k, numbers, y, stride, ahead); break;
-        case 2: multiply_pairs<2>(weights, count, k, numbers, y, stride, ahead); break;
-        case 3: multiply_pairs<3>(weights, count, k, numbers, y, stride, ahead); break;
-        case 4: multiply_pairs<4>(weights, count, k, numbers, y, stride, ahead); break;
-        case 5: multiply_pairs<5>(weights, count, k, numbers, y, stride, ahead); break;
-        case 6: multiply_pairs<6>(weights, count, k, numbers, y, stride, ahead); break;
-        case 7: multiply_pairs<7>(weights, count, k, numbers, y, stride, ahead); break;
-        default: multiply_pairs<8>(weights, count, k, numbers, y, stride, ahead); break;
-    }
-}
-
 template <BlockType T>
 void multiply_format(const WeightRows& weights, int64_t k, const Activations* x, int rows, float* y, int64_t stride, const uint8_t* ahead) {
     switch (rows) {
