@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.huge_pages import empty_huge
 from kvshare.kernels.interleaved_blocks import InterleavedBlocks
 from kvshare.kernels.native import module
 
@@ -86,12 +88,31 @@ class QuantizedWeight:
         return rows
 
     def _multiply_decoded(self, x: Tensor, start: int, end: int, out: Tensor) -> None:  # [rows, in_features], [rows, end - start]
-        step = max(32, PANEL_BYTES // (self.in_features * x.element_size()) // 32 * 32)
-        panel = torch.empty(min(step, end - start), self.in_features, dtype=x.dtype)
+        step = min(end - start, max(32, PANEL_BYTES // (self.in_features * x.element_size()) // 32 * 32))
+        panel = _PANEL.room(step, self.in_features, x.dtype)
         for low in range(start, end, step):
-            rows = panel[: min(step, end - low)]
+            rows, columns = panel[: end - low], out[:, low - start : low - start + step]
             self._native.decode(low, low + len(rows), rows.data_ptr(), x.dtype == torch.bfloat16)
-            out[:, low - start : low - start + len(rows)] = F.linear(x, rows)
+            if out.dtype == x.dtype and not x.requires_grad:
+                torch.mm(x, rows.T, out=columns)
+            else:
+                columns.copy_(F.linear(x, rows))
+
+
+class _Panel(threading.local):
+    """Room for decoded weights, kept by each thread between products: fresh memory would cost as much as decoding into it."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def room(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:  # -> [rows, width]
+        size = rows * width * dtype.itemsize
+        if size > len(self._memory):
+            self._memory = empty_huge(max(size, PANEL_BYTES))
+        return self._memory[:size].view(dtype).view(rows, width)
+
+
+_PANEL = _Panel()
 
 
 def round_activations(x: Tensor) -> Tensor:  # [..., in_features] -> float64, the same shape
