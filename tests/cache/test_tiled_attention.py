@@ -12,24 +12,26 @@ from kvshare.cache.step import Step
 from kvshare.cache.tables import SequenceCache
 from kvshare.cache.tiled_attention import attended_kinds
 from kvshare.layout import CacheLayout, LayerCache, Stream
+from kvshare.layout.rows import BlockRow
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
 
-WINDOW = Stream("kv", 1, 64, window=16)
-INDEX = Stream("index", 1, 32, tokens_per_row=4)
+NATIVE = BlockRow(8, 32, exact=16, align=8)
+WINDOW = Stream("kv", 1, 64, window=16, native=NATIVE)
+INDEX = Stream("index", 1, 32, tokens_per_row=4, native=BlockRow(4, 32))
 LAYERS = (
     LayerCache("full", 0, (Stream("k", 2, 32), Stream("v", 2, 48))),
     LayerCache("sliding", 1, (Stream("k", 1, 64, window=20), Stream("v", 1, 64, window=20))),
     LayerCache("full", 0),  # a reader
     LayerCache("latent", 3, (Stream("latent", 1, 72),)),
-    LayerCache("hca", 4, (WINDOW, Stream("entry", 1, 64, tokens_per_row=8))),
-    LayerCache("csa", 5, (WINDOW, Stream("entry", 1, 64, tokens_per_row=4, top_k=5), INDEX)),
+    LayerCache("hca", 4, (WINDOW, Stream("entry", 1, 64, tokens_per_row=8, native=NATIVE))),
+    LayerCache("csa", 5, (WINDOW, Stream("entry", 1, 64, tokens_per_row=4, top_k=5, native=NATIVE), INDEX)),
 )
 LAYOUT = CacheLayout(LAYERS)
 HEADS = 60
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8", "rot9", "rot4", "rot4+7", "int4+5", "fp8+18", "rot3+33"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "rot9", "rot4", "native", "rot4+7", "int4+5", "fp8+18", "rot3+33"])
 @torch.no_grad()
 def test_kernels_and_torch_read_the_same_pages_alike(precision: str) -> None:
     """Chunks, single queries, a sequence without tokens, and the rows that go on behind the last owner."""
@@ -57,6 +59,13 @@ def test_kernels_and_torch_read_the_same_pages_alike(precision: str) -> None:
                 entries = None
                 if described.kind == "csa":
                     entries = torch.stack([_choice(int(position) // 4, generator) for position in seen.positions + 1])
+                    asked = (
+                        torch.randn(len(seen.positions), 8, 32, generator=generator),
+                        torch.randn(len(seen.positions), 8, generator=generator),
+                    )
+                    chosen = seen.select(layer, asked[0].bfloat16(), asked[1], 5)
+                    if precision in ("bf16", "native"):  # else keys or queries are rounded to bfloat16 on the way, which may decide
+                        assert chosen is None or torch.equal(chosen, seen.select(layer, asked[0].bfloat16().float(), asked[1], 5))
                 sinks = torch.randn(HEADS, generator=generator) if layer % 2 else None
                 got = seen.attend(layer, q, scale=0.1, sinks=sinks, entries=entries)
                 wanted = Step.attend(seen, layer, q.float(), scale=0.1, sinks=sinks, entries=entries)
@@ -69,7 +78,7 @@ def test_kernels_and_torch_read_the_same_pages_alike(precision: str) -> None:
 
 
 def _choice(complete: int, generator: torch.Generator) -> torch.Tensor:  # [5] of the complete entries, -1 for none
-    chosen = torch.randperm(complete, generator=generator)[:5]
+    chosen = torch.randperm(complete, generator=generator)[:5].sort().values
     return torch.cat([chosen, torch.full((5 - len(chosen),), -1)])
 
 

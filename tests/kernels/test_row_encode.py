@@ -8,9 +8,10 @@ from torch import Tensor
 
 from kvshare import kernels
 from kvshare.cache.codecs import Codec, codec_for
+from kvshare.cache.codecs.deepseek import BlockFloatCodec
 from kvshare.kernels.row_kind import row_encoder
 from kvshare.layout import Stream
-from kvshare.layout.rows import precision_named
+from kvshare.layout.rows import BlockRow, precision_named
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
 
@@ -38,6 +39,22 @@ def encoded(codec: Codec, rows: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", PLAIN)
 def test_bytes_are_the_codecs(name: str, heads: int, width: int, dtype: torch.dtype, isa: str) -> None:
     rows, codec = given(heads, width, dtype), codec_for(precision_named(name), Stream("k", heads, width))
+    assert torch.equal(encoded(codec, rows), codec.encode(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("form", "width"),
+    [
+        (BlockRow(8, 64, exact=64, align=8), 512),
+        (BlockRow(8, 128, scale_bytes=4, exact=8), 200),
+        (BlockRow(4, 32), 128),
+        (BlockRow(4, 16), 24),
+    ],
+)
+def test_bytes_of_deepseeks_rows_are_the_codecs(form: BlockRow, width: int, dtype: torch.dtype, isa: str) -> None:
+    rows, codec = given(2, width, dtype), BlockFloatCodec(form)
+    rows[11] = torch.tensor([0.25, -0.75, 1.25, -1.75, 2.5, 3.5, -5.0, 6.0] * (width // 8))  # ties
     assert torch.equal(encoded(codec, rows), codec.encode(rows))
 
 

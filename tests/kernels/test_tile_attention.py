@@ -18,7 +18,7 @@ from kvshare.kernels.row_kind import row_kind
 from kvshare.kernels.tile_attention import Rows, TileAttention, TileSpan
 from kvshare.layers.attention import attention
 from kvshare.layout import Stream
-from kvshare.layout.precision import precision_named
+from kvshare.layout.rows import BlockRow, precision_named
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
 
@@ -43,7 +43,8 @@ class Case:
         kv_heads: int = 1,
         group: int = 2,
         codec: str = "bf16",
-        chosen: Tensor | None = None,  # rows of the last kind
+        native: BlockRow | None = None,  # instead of `codec`
+        chosen: Tensor | None = None,  # [queries, n] rows of the last kind
     ):
         generator = torch.Generator().manual_seed(len(positions[0]) + group)
         self.kinds, self.places, self.chosen, self.kv_heads = kinds, positions, chosen, kv_heads
@@ -52,7 +53,7 @@ class Case:
         self.arena = Arena(4096, page_bytes)
         self.arena.pages.fill_(0xFF)
         free = torch.randperm(self.arena.num_pages, generator=generator).tolist()
-        precision = precision_named(codec)
+        precision = precision_named("native" if native else codec)
         self.seen: list[list[tuple[Tensor, Tensor]]] = []  # by sequence and kind: keys and values [rows, kv_heads, width]
         self.spans, start, bound = [], 0, []
         for places in positions:
@@ -62,7 +63,7 @@ class Case:
                 first = max(0, (places[0] + 1) // kind.tokens_per_row - kind.window) if kind.window else 0
                 tables, values = [], []
                 for width in (kind.key_width,) if kind.same else (kind.key_width, kind.value_width):
-                    stream = Stream("k", kv_heads, width, kind.tokens_per_row, kind.window)
+                    stream = Stream("k", kv_heads, width, kind.tokens_per_row, kind.window, native=native)
                     form = codec_for(precision, stream)
                     encoded = form.encode(torch.randn(max(end, 1), kv_heads, width, generator=generator).bfloat16())[:end]
                     table = PageTable(0, stream, page_bytes // stream.row_bytes(precision))
@@ -79,7 +80,7 @@ class Case:
                     if len(bound[index]) < 4:
                         bound[index] += [stream, row_kind(form)]
                 seen.append((values[0], values[-1]))
-                last = chosen if index == len(kinds) - 1 else None
+                last = chosen[start : start + len(places)] if chosen is not None and index == len(kinds) - 1 else None
                 rows.append(Rows(tables[0], tables[-1], last))
             self.seen.append(seen)
             self.spans.append(TileSpan(start, len(places), rows))
@@ -104,8 +105,8 @@ class Case:
                 row = torch.arange(len(k))[None]
                 hidden = (row >= newest) | (row < newest - (kind.window or len(k)))
                 if self.chosen is not None and kind is self.kinds[-1]:
-                    hidden = torch.ones_like(hidden)
-                    hidden[:, self.chosen] = False
+                    keep = torch.zeros(len(places), len(k) + 1, dtype=torch.bool)  # -1 is behind the last
+                    hidden = ~keep.scatter_(1, self.chosen[span.start : span.start + len(places)] % (len(k) + 1), True)[:, :-1]
                 masks.append(torch.zeros(hidden.shape, dtype=torch.float64).masked_fill_(hidden, float("-inf")))
             k, v = (torch.cat([pair[side] for pair in seen]).double() for side in (0, 1))
             q = self.q[span.start : span.start + span.num_queries].double()
@@ -150,7 +151,25 @@ def test_a_window_beside_compressed_entries(isa: str) -> None:
 @pytest.mark.parametrize("rows", [[], [2], [0, 3, 17, 18, 40, 99, 100, 130]])
 def test_selected_entries_of_one_query(rows: list[int], isa: str) -> None:
     kinds = [Kind(64, 64, same=True, window=16), Kind(64, 64, same=True, tokens_per_row=4)]
-    Case(kinds, [range(600, 601)], group=20, chosen=torch.tensor(rows, dtype=torch.long)).check()
+    Case(kinds, [range(600, 601)], group=20, chosen=torch.tensor([rows], dtype=torch.long)).check()
+
+
+@pytest.mark.parametrize(("group", "kv_heads"), [(3, 1), (64, 1), (300, 1), (5, 2)])
+def test_every_query_of_a_prompt_has_entries_of_its_own(group: int, kv_heads: int, isa: str) -> None:
+    """Some select fewer than others, some nothing; a second sequence beside them."""
+    generator = torch.Generator().manual_seed(group)
+    rows = torch.full((9, 120), -1)
+    for query, count in enumerate((0, 1, 96, 97, 120, 5, 60, 119, 3)):
+        rows[query, :count] = torch.randperm(150, generator=generator)[:count].sort().values
+    kinds = [Kind(64, 64, same=True, window=16), Kind(64, 64, same=True, tokens_per_row=4)]
+    case = Case(kinds, [range(600, 606), range(900, 903)], kv_heads, group, chosen=rows)
+    case.check()
+    together, out = case.run(), torch.empty_like(case.run())
+    for span in case.spans:
+        for query in range(span.num_queries):
+            each = [Rows(k, v, None if chosen is None else chosen[query : query + 1]) for k, v, chosen in span.rows]
+            case.kernel.attend(case.q, out, case.positions, [TileSpan(span.start + query, 1, each)], scale=case.scale)
+    assert (out - together).abs().max() < BOUND  # a query alone is cut in more parts
 
 
 @pytest.mark.parametrize("codec", ["fp32", "fp8", "int8", "int4", "rot8", "rot4", "rot3", "rot2"])
@@ -158,6 +177,11 @@ def test_encoded_rows(codec: str, isa: str) -> None:
     bound = 2 * BOUND if codec.startswith("rot") else BOUND  # rotated queries, keys, values and results are rounded, and mixed again
     Case([Kind(64, 64)], [range(90, 131), range(9)], 3, 2, codec).check(bound)
     Case([Kind(96, 96, same=True)], [range(200, 220)], codec=codec).check(bound)
+
+
+@pytest.mark.parametrize("form", [BlockRow(8, 64, exact=16, align=8), BlockRow(8, 128, scale_bytes=4, exact=8), BlockRow(4, 32)])
+def test_rows_in_deepseeks_form(form: BlockRow, isa: str) -> None:
+    Case([Kind(96, 96, same=True)], [range(200, 220), range(300, 301)], group=20, native=form).check()
 
 
 def test_many_heads_over_a_long_row_are_cut_in_parts(isa: str) -> None:

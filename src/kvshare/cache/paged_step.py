@@ -13,10 +13,12 @@ from kvshare import kernels
 from kvshare.cache.codecs import Codec, codec_for
 from kvshare.cache.codecs.raw import RawCodec
 from kvshare.cache.native_attention import NativeAttention
+from kvshare.cache.native_selection import NativeSelection
 from kvshare.cache.step import KeyRebuild, Step, state_named
 from kvshare.cache.tables import SequenceCache
 from kvshare.cache.tiled_attention import TiledAttention
 from kvshare.kernels.row_kind import RowEncoder, row_encoder
+from kvshare.kernels.row_selection import SelectionSpan
 from kvshare.kernels.step_spans import StepSpans, TokenSpan
 from kvshare.layout import CacheLayout, PrecisionChoice, Stream
 
@@ -42,6 +44,7 @@ class PagedCache:
                 self.tables[owner, stream.name] = len(self.tables), layout.rows_per_page(owner, stream, precision), stream.row_bytes(form)
         self.native_attention = NativeAttention(layout, self.codecs)
         self.tiled_attention = TiledAttention(layout, self.codecs)
+        self.native_selection = NativeSelection(layout, self.codecs)
         self.read_again = frozenset(owner for owner in layout.owners if layout.readers(owner))
         self.state_places: dict[tuple[int, str], list[tuple[int, int, int]]] = {}  # (which state page, first byte, end), in order
         start = 0
@@ -100,7 +103,7 @@ class PagedStep(Step):
         singles, spans = False, []
         for sequence, span in enumerate(self.spans):
             tables = self.caches[sequence].tables
-            if many is not None and span.count and many.takes(span.count, q.shape[1], entries):
+            if many is not None and span.count and (single is None or many.takes(span.count, q.shape[1], entries)):
                 spans.append(many.span(span.start, span.count, tables, entries))
             elif single is not None and span.count == 1:
                 singles = True
@@ -111,6 +114,14 @@ class PagedStep(Step):
         if many is not None and spans:
             many.kernel.attend(q, out, self.positions, spans, scale=scale, softcap=softcap, sinks=sinks)
         return out
+
+    def _select(self, owner: int, stream: Stream, q: Tensor, weights: Tensor, top_k: int) -> Tensor:
+        kernel = self.cache.native_selection.of(owner, self.caches[0].arena) if q.dtype == torch.bfloat16 else None
+        if kernel is None:
+            return super()._select(owner, stream, q, weights, top_k)
+        tables = [cache.tables[owner, stream.name] for cache in self.caches]
+        spans = [SelectionSpan(span.start, span.count, table) for span, table in zip(self.spans, tables, strict=True) if span.count]
+        return kernel.select(q, weights.float(), self.positions, spans, top_k)
 
     @property
     def native_spans(self) -> StepSpans:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvshare.layers.attention import attention
+from kvshare.layers.indexer import select_rows
 from kvshare.layout import CacheLayout, LayerCache, State, Stream
 
 KeyRebuild = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -99,7 +100,7 @@ class Step(ABC):
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,  # [query_heads]
-        entries: Tensor | None = None,  # [tokens, k] rows chosen by an indexer, -1 for none
+        entries: Tensor | None = None,  # [tokens, k] what `select` chose
         rebuild: KeyRebuild | None = None,
     ) -> Tensor:  # [tokens, query_heads, value_width]
         """Attention of the step's queries over the rows of `layer`'s owner that each may see, new ones included.
@@ -116,6 +117,27 @@ class Step(ABC):
         if not outs:
             return q.new_empty(0, q.shape[1], self.layout.layers[owner].value_width)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    @torch.no_grad()  # a choice has no gradient
+    def select(self, layer: int, q: Tensor, weights: Tensor, top_k: int) -> Tensor | None:
+        """The rows that an indexer lets each query attend to: int64 [tokens, top_k], ascending, -1 behind the last.
+
+        None if no query sees more than `top_k`. `q` [tokens, index heads, width], `weights` [tokens, index heads] (with 1 / sqrt(width) and
+        the heads' own scale in them). Keys are the owner's stream "index", where this step's are already appended.
+        """
+        owner = self.layout.owner[layer]
+        stream = self.layout.layers[owner].stream("index")
+        if all((span.last + 1) // stream.tokens_per_row <= top_k for span in self.spans):
+            return None
+        return self._select(owner, stream, q, weights, top_k)
+
+    def _select(self, owner: int, stream: Stream, q: Tensor, weights: Tensor, top_k: int) -> Tensor:
+        visible = (self.positions + 1) // stream.tokens_per_row
+        chosen = []
+        for sequence, span in enumerate(self.spans):
+            part, keys = slice(span.start, span.end), self.rows(owner, "index", sequence)[:, 0]
+            chosen.append(select_rows(q[part], weights[part], keys, visible[part], top_k))
+        return torch.cat(chosen)
 
     def rows(self, layer: int, stream: str, sequence: int) -> Tensor:  # [rows, heads, width]
         """All live rows of one stream of `layer`'s owner, from the first that this step's queries may see."""
@@ -219,7 +241,7 @@ class Step(ABC):
         streams = _key_streams(layer)
         chosen = entries[span.start : span.end] if entries is not None and any(stream.top_k for stream in streams) else None
         if chosen is not None and span.count == 1:  # a decode step reads no more than what was selected
-            rows = chosen[chosen >= 0].sort().values
+            rows = chosen[chosen >= 0]
             selected = {s.name: self._read_rows(owner, s, sequence, rows) for s in streams if s.top_k}
             read = {s.name: selected[s.name] if s.top_k else self._read(owner, s, sequence, *limits[s.name]) for s in streams}
             return *_keys_and_values(layer, read, limits, rebuild, q), None, False

@@ -26,20 +26,14 @@ class TiledRows:
         self.owner, self.kinds, self.kernel = owner, kinds, kernel
 
     def takes(self, count: int, query_heads: int, entries: Tensor | None) -> bool:
-        """Whether the kernel is the way for `count` queries of one sequence; `entries` as in `Step.attend`."""
+        """Whether the kernel is the way for `count` queries of one sequence, rather than the one for single queries."""
         selected = entries is not None and any(k.top_k for k, _ in self.kinds)
-        if count == 1:
-            return selected or len(self.kinds) > 1 or query_heads >= MANY_HEADS * self.kernel.kv_heads
-        return not selected  # each query would have rows of its own
+        return count > 1 or selected or len(self.kinds) > 1 or query_heads >= MANY_HEADS * self.kernel.kv_heads
 
     def span(self, start: int, count: int, tables: Mapping[tuple[int, str], PageTable], entries: Tensor | None) -> TileSpan:
         """Queries `start : start + count` of the batch, of the sequence whose tables these are."""
-        rows = []
-        for k, v in self.kinds:
-            chosen = None
-            if entries is not None and k.top_k:
-                chosen = entries[start][entries[start] >= 0].long().sort().values
-            rows.append(Rows(tables[self.owner, k.name], tables[self.owner, v.name], chosen))
+        chosen = None if entries is None else entries[start : start + count]
+        rows = [Rows(tables[self.owner, k.name], tables[self.owner, v.name], chosen if k.top_k else None) for k, v in self.kinds]
         return TileSpan(start, count, rows)
 
 

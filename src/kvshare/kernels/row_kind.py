@@ -11,11 +11,13 @@ from torch import Tensor
 from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
 from kvshare.cache.codecs.balanced import BalancedCodec
+from kvshare.cache.codecs.deepseek import BlockFloatCodec
 from kvshare.cache.codecs.grouped import GroupedCodec
 from kvshare.cache.codecs.raw import RawCodec
 from kvshare.cache.codecs.rotated import RotatedCodec, RotatedNineCodec, RotatedRawCodec, RotatedScaledCodec, rotation
 from kvshare.cache.codecs.scaled import ScaledCodec
 from kvshare.kernels.native import available, module
+from kvshare.layout.rows import BlockRow
 
 WIDEST = 2048  # numbers in one head that the kernels take
 
@@ -25,10 +27,15 @@ class RowKind(NamedTuple):
 
     name: str
     rotated: bool = False
+    form: BlockRow | None = None  # of DeepSeek's rows, which are named BLOCKS
 
     @property
-    def native(self) -> Any:
-        return getattr(module().RowKind, self.name)
+    def native(self) -> int:
+        """What the kernels call it."""
+        if self.form is None:
+            return getattr(module().RowKind, self.name).value
+        form = self.form
+        return module().block_kind(form.bits, form.group, form.scale_bytes, form.exact, form.align)
 
     @property
     def is_plain(self) -> bool:
@@ -57,6 +64,8 @@ def row_kind(codec: Codec) -> RowKind | None:
         return RowKind("INT8", rotated=True)
     if isinstance(codec, RotatedNineCodec):
         return RowKind("INT9", rotated=True)
+    if isinstance(codec, BlockFloatCodec):
+        return RowKind("BLOCKS", form=codec.row)
     return RowKind(f"LEVELS{codec.bits}", rotated=True) if isinstance(codec, RotatedCodec) else None
 
 

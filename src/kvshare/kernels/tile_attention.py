@@ -22,7 +22,7 @@ class Rows(NamedTuple):
 
     keys: PageTable
     values: PageTable
-    chosen: Tensor | None = None  # int64 [n], ascending; for a single query
+    chosen: Tensor | None = None  # int64 [queries, n] of each query, ascending, -1 behind the last
 
 
 class TileSpan(NamedTuple):
@@ -39,6 +39,8 @@ class TileAttention:
     A kind is a stream of keys and one of values, or one that is both. Queries of a KV head stand in the lanes of vectors, 64 at a
     time, and meet 96 rows at a time (a running softmax over tiles: Dao et al. 2022, "FlashAttention"). Encoded rows are decoded tile
     by tile, to bfloat16; rotated ones stay rotated, while queries are rotated and results rotated back, each rounded to bfloat16.
+
+    Queries that select rows share none: each attends to its own, the heads of its token together.
 
     Tiles begin at the same rows for every query: how a prompt is cut in chunks changes the result only where a sequence has so few
     queries that its rows are shared among threads; neither the batch nor the number of threads changes a bit.
@@ -86,6 +88,7 @@ class TileAttention:
             q = (q.unflatten(1, (self.kv_heads, -1)) * self.balance[:, None]).flatten(1, 2)
         q = q.contiguous()
         sinks = None if sinks is None else sinks.float().contiguous()
+        assert all(each.chosen is None or each.chosen.is_contiguous() for span in spans for each in span.rows)
         places = [(start, count, [_addresses(*each) for each in rows]) for start, count, rows in spans]
         self._native.attend(
             q.data_ptr(),
@@ -100,5 +103,5 @@ class TileAttention:
 
 
 def _addresses(keys: PageTable, values: PageTable, chosen: Tensor | None) -> tuple[int, int, int, int, int, int]:
-    address, count = (0, -1) if chosen is None else (chosen.data_ptr(), len(chosen))
+    address, count = (0, -1) if chosen is None else (chosen.data_ptr(), chosen.shape[1])
     return keys.pages.buffer_info()[0], keys.first_page, values.pages.buffer_info()[0], values.first_page, address, count

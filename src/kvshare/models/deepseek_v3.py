@@ -25,7 +25,6 @@ from kvshare.errors import ConfigError
 from kvshare.layers.activations import swiglu
 from kvshare.layers.experts import Experts, expert_sources, stacked
 from kvshare.layers.gated_mlp import GatedMlp
-from kvshare.layers.indexer import select_rows
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm, add_then_norm
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies, yarn_magnitude
@@ -162,7 +161,7 @@ class Indexer(nn.Module):
     def forward(self, x: Tensor, residual: Tensor, rotation: Rotation, step: Step) -> Tensor | None:  # [tokens, hidden], [tokens, q_rank]
         q = rotation.half_split(self.query(residual).unflatten(-1, (self.heads, self.width)))
         weights = self.weights(x).to(torch.promote_types(x.dtype, torch.float32)) * (self.heads * self.width) ** -0.5
-        return select_rows(step, self.index, q, weights, self.top_k, tokens_per_row=1)
+        return step.select(self.index, q, weights, self.top_k)
 
 
 class Router(nn.Module):

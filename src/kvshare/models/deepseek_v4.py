@@ -32,7 +32,6 @@ from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts, stacked
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.hyper_connections import HyperConnection, HyperHead
-from kvshare.layers.indexer import select_rows
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies
@@ -189,7 +188,7 @@ class Attention(nn.Module):
             return None
         q = rotation.interleaved(self.index_query(residual).unflatten(-1, (self.index_heads, self.index_width)))
         weights = self.index_weights(x).float() * (self.index_heads * self.index_width) ** -0.5
-        return select_rows(step, self.index, self._rounded("index", self._index_space(q)), weights, self.top_k, self.ratio)
+        return step.select(self.index, self._rounded("index", self._index_space(q)), weights, self.top_k)
 
     def _index_space(self, x: Tensor) -> Tensor:  # [..., heads, index_width]
         """Indexer queries and keys as they are compared: before 4 bits spread over all dimensions, which keeps inner products."""

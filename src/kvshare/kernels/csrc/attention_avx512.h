@@ -44,7 +44,7 @@ inline void weigh(float* scores, int count, const AttendState& state, int head) 
 }
 
 inline void attend_avx512(const AttendRows& rows, const AttendState& state) {
-    if (state.keys == RowKind::FP32) return attend_plain(rows, state);
+    if (state.keys == RowKind::FP32 || is_block(state.keys)) return attend_plain(rows, state);
     alignas(64) float scores[HEADS_TOGETHER * ATTEND_ROWS];
     const int group = state.group, key_width = state.key_width, value_width = state.value_width;
     const bool bf16_keys = state.keys == RowKind::BF16, bf16_values = state.values == RowKind::BF16;

@@ -55,13 +55,19 @@ void bind_paged_attention(nb::module_& m) {
         .value("LEVELS3", RowKind::LEVELS3)
         .value("LEVELS2", RowKind::LEVELS2);
 
-    m.def("head_bytes", &head_bytes);
+    // kinds are passed as numbers from here on: `block_kind` has more of them than the enumeration
+    m.def("block_kind", [](int bits, int group, int scale_bytes, int exact, int align) {
+        if (group > MOST_GROUP || exact > MOST_EXACT || align > MOST_ALIGN) throw std::invalid_argument("no kernel reads rows of such a form");
+        return int(kind_of({bits, group, scale_bytes, exact, align}));
+    });
+    m.def("head_bytes", [](int kind, int width) { return head_bytes(RowKind(kind), width); });
 
     // [count, heads] heads of `width` numbers, each row `row_bytes` behind the one before, as numbers to[count, heads, width]
-    m.def("decode_rows", [](RowKind kind, uintptr_t rows, int64_t row_bytes, int64_t count, int heads, int width, uintptr_t to, bool bf16) {
+    m.def("decode_rows", [](int number, uintptr_t rows, int64_t row_bytes, int64_t count, int heads, int width, uintptr_t to, bool bf16) {
         not_recorded("rows decoded outside of attention");
         nb::gil_scoped_release released;
         const Isa& isa = active_isa();
+        const RowKind kind{number};
         const int64_t size = bf16 ? 2 : 4;
 #pragma omp parallel for schedule(static) if (count * row_bytes > 1 << 16)
         for (int64_t row = 0; row < count; row++) {
@@ -75,8 +81,8 @@ void bind_paged_attention(nb::module_& m) {
     nb::class_<Rotation>(m, "Rotation").def(nb::init<std::vector<float>, std::vector<float>>(), "signs"_a, "matrix"_a);
     nb::class_<StreamShape>(m, "StreamShape")
         .def("__init__",
-             [](StreamShape* self, RowKind kind, int width, int64_t row_bytes, int64_t rows_per_page, const Rotation* rotation, std::vector<float> balance) {
-                 new (self) StreamShape{kind, width, row_bytes, rows_per_page, rotation ? std::optional<Rotation>(*rotation) : std::nullopt, std::move(balance)};
+             [](StreamShape* self, int kind, int width, int64_t row_bytes, int64_t rows_per_page, const Rotation* rotation, std::vector<float> balance) {
+                 new (self) StreamShape{RowKind(kind), width, row_bytes, rows_per_page, rotation ? std::optional<Rotation>(*rotation) : std::nullopt, std::move(balance)};
              }, "kind"_a, "width"_a, "row_bytes"_a, "rows_per_page"_a, "rotation"_a.none(), "balance"_a);
     // [count, heads] heads of numbers, bfloat16 or float32, strides in numbers, as the bytes of rows to[count, row_bytes]
     m.def("encode_rows",

@@ -20,6 +20,7 @@ using namespace kvshare;
 void bind_blocks(nb::module_& m);
 void bind_paged_attention(nb::module_& m);
 void bind_tile_attention(nb::module_& m);
+void bind_row_selection(nb::module_& m);
 void bind_small_ops(nb::module_& m);
 void bind_program(nb::module_& m);
 void bind_read_memory(nb::module_& m);
@@ -71,6 +72,7 @@ NB_MODULE(_kernels, m) {
     bind_blocks(m);
     bind_paged_attention(m);
     bind_tile_attention(m);
+    bind_row_selection(m);
     bind_small_ops(m);
     bind_program(m);
     bind_read_memory(m);

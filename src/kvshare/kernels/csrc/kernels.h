@@ -95,6 +95,8 @@ struct Isa {
     void (*spell)(RowKind keys, int width, const float* q, uint8_t* to);
     void (*attend)(const AttendRows& rows, const AttendState& state);
     TileKernel tile;
+    // scores[i] of TILE_ROWS rows of bfloat16: the sum over an indexer's heads of weight * max(0, q . row).
+    void (*score_rows)(const uint8_t* const* rows, const IndexQuery& query, float* scores);
     // One row of k numbers, bfloat16 or float32, as blocks: Q8_0, Q4_1 or Q4_K.
     void (*encode)(BlockType type, const void* numbers, bool bf16, int64_t k, uint8_t* to);
     SmallOps small;

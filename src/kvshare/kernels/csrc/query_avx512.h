@@ -73,6 +73,7 @@ inline void spell_eighths(int width, const float* q, uint8_t* to) {  // bfloat16
 }
 
 inline void spell_avx512(RowKind kind, int width, const float* q, uint8_t* to) {
+    if (is_block(kind)) return spell_plain(kind, width, q, to);
     switch (kind) {
         case RowKind::FP32: return spell_plain(kind, width, q, to);
         case RowKind::BF16:

@@ -1,14 +1,6 @@
 // Heads of cached rows as numbers, in plain C++ that compilers vectorise. Included once by each isa_*.cpp inside that set's namespace.
 #pragma once
 
-inline float fp8_to_float(uint8_t code) {  // e4m3: the exponent is 120 less than float32's, which multiplying makes right for subnormals too
-    const uint32_t size = code & 127, bits = size == 127 ? 0x7fc00000u : size << 20;
-    float f;
-    memcpy(&f, &bits, 4);
-    f *= 1.329227995784916e36f;
-    return code & 128 ? -f : f;
-}
-
 template <RowKind Kind>
 struct Levels {
     float of[1 << bits_of(Kind)];
@@ -60,6 +52,10 @@ void decode_one(const uint8_t* p, int width, To* to) {
 
 template <typename To>
 void decode_heads_to(RowKind kind, int width, const uint8_t* const* heads, int count, To* to, int64_t stride) {
+    if (is_block(kind)) {
+        for (int r = 0; r < count; r++) decode_blocks(form_of(kind), width, heads[r], to + r * stride);
+        return;
+    }
     const auto all = [&]<RowKind Kind>() {
         for (int r = 0; r < count; r++) decode_one<Kind>(heads[r], width, to + r * stride);
     };

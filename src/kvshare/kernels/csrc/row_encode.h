@@ -23,29 +23,8 @@ inline float half_value(uint16_t half) {
     return half_to_float(bytes);
 }
 
-inline float largest_size(const float* x, int width) {  // of |x|; not a number where one of them is none
-    float largest = 0, all = 0;
-    for (int i = 0; i < width; i++) {
-        const float size = fabsf(x[i]);
-        largest = size > largest ? size : largest;
-        all += x[i] * 0.0f;
-    }
-    return all == 0 || largest == INFINITY ? largest : NAN;
-}
-
 inline float bounded(float code, float largest) { return code > largest ? largest : code < -largest ? -largest : code; }
 inline int whole(float code) { return code == code ? int(rintf(code)) : 0; }
-
-inline uint8_t float_to_fp8(float f) {  // e4m3, to nearest even, for |f| <= 448
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    const uint8_t sign = uint8_t(bits >> 24 & 128);
-    const float size = fabsf(f);
-    if (!(size == size)) return sign | 127;
-    if (size < 0.015625f) return sign | uint8_t(rintf(size * 512.0f));  // subnormal: a multiple of 2^-9
-    bits &= 0x7fffffff;
-    return sign | uint8_t(((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - 960);
-}
 
 inline void put_scale(uint16_t half, uint8_t* to) { memcpy(to, &half, 2); }
 
@@ -122,6 +101,7 @@ void encode_levels(const float* x, int width, float unit, uint8_t* to) {  // x: 
 
 // One head of `width` <= WIDEST_HEAD numbers, rotated and balanced already, over `unit` where the kind has levels: to[head_bytes(kind, width)].
 inline void encode_head(RowKind kind, int width, const float* x, float unit, uint8_t* to) {
+    if (is_block(kind)) return encode_blocks(form_of(kind), width, x, to);
     switch (kind) {
         case RowKind::BF16:
             for (int i = 0; i < width; i++) {

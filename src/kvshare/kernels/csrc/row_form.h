@@ -6,7 +6,34 @@ namespace kvshare {
 
 // BF16 and FP32: plain numbers. INT8 and FP8: codes, then one float16 scale. INT4: codes, then a float16 scale for every 32, then as many minima.
 // INT9: signed bytes of twice their value, then a bit each to be added, then the scale. LEVELS*: codes of 4, 3 or 2 bits that stand for the levels below, then one float16 scale. A head may begin at any address.
+// Beyond them a RowKind is a `BlockForm` in one number.
 enum class RowKind : int { BF16, FP32, INT8, INT9, FP8, INT4, LEVELS4, LEVELS3, LEVELS2 };
+
+// DeepSeek's rows: floats of 8 (e4m3) or 4 bits (e2m1) with a power of two for every `group` of them, and `exact` bfloat16 numbers at the end.
+// A head is codes | exact numbers | scales | padding; a scale is an exponent (1 byte) or a float32 (4).
+struct BlockForm {
+    int bits, group, scale_bytes, exact, align;
+
+    constexpr int blocks(int width) const { return (width - exact + group - 1) / group; }
+    constexpr int64_t codes_bytes(int width) const { return (int64_t(width - exact) * bits + 7) / 8; }
+    constexpr int64_t bytes(int width) const {
+        const int64_t used = codes_bytes(width) + 2 * exact + int64_t(blocks(width)) * scale_bytes;
+        return (used + align - 1) / align * align;
+    }
+};
+
+constexpr int BLOCK_KINDS = 1 << 30, MOST_GROUP = 255, MOST_EXACT = 4095, MOST_ALIGN = 63;
+
+constexpr RowKind kind_of(const BlockForm& form) {
+    return RowKind(BLOCK_KINDS | (form.bits == 8) | (form.scale_bytes == 4) << 1 | form.align << 2 | form.group << 8 | form.exact << 16);
+}
+
+constexpr bool is_block(RowKind kind) { return int(kind) & BLOCK_KINDS; }
+
+constexpr BlockForm form_of(RowKind kind) {
+    const int all = int(kind);
+    return {all & 1 ? 8 : 4, all >> 8 & MOST_GROUP, all & 2 ? 4 : 1, all >> 16 & MOST_EXACT, all >> 2 & MOST_ALIGN};
+}
 
 constexpr int INT4_GROUP = 32;
 constexpr int WIDEST_HEAD = 2048;  // numbers
@@ -35,6 +62,7 @@ constexpr int64_t code_bytes(RowKind kind, int width) { return (int64_t(width) *
 constexpr int groups_of(int width) { return (width + INT4_GROUP - 1) / INT4_GROUP; }
 
 constexpr int64_t head_bytes(RowKind kind, int width) {
+    if (is_block(kind)) return form_of(kind).bytes(width);
     return code_bytes(kind, width) + (is_plain(kind) ? 0 : kind == RowKind::INT4 ? 4 * groups_of(width) : 2);
 }
 

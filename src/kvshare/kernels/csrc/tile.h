@@ -27,7 +27,16 @@ struct Tile {
     const Tile* next;  // whose rows will be read after this one's; null: none
 };
 
+// The queries of one token's index heads, one in each lane of `vectors` vectors.
+struct IndexQuery {
+    int vectors, width;
+    const uint32_t* packed;  // [width / 2, vectors * 16] pairs of bfloat16
+    const float* weights;    // [vectors * 16] of the heads, zeros behind the last
+};
+
 struct TileKernel {
+    // Rows of bfloat16 (`width` even), one a lane, to pairs: packed [width / 2, vectors * 16].
+    void (*pack_pairs)(const uint16_t* const* rows, int width, int vectors, uint32_t* packed);
     // From rows of bfloat16, one a lane, to `queries.packed`; nothing summed up yet.
     void (*pack_queries)(const TileQueries& queries, const uint16_t* const* rows);
     // The values of rows `begin ... end` (begin even) in `tile.values`: each number beside that of the next row, zeros behind the last column.

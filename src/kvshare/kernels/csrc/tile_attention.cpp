@@ -10,7 +10,9 @@
 namespace kvshare {
 
 static constexpr int64_t BLOCK_LANES = 256;   // queries for which a tile's values are packed once
-static constexpr int64_t PART_TILES = 8;      // at least, where the rows of few queries are shared among threads
+// A part, where the rows of few queries are shared among threads: its sums must be merged, so more queries want more tiles, and threads be worth it.
+static constexpr int64_t LEAST_TILES = 2;             // for every 64 queries
+static constexpr int64_t LEAST_NUMBERS = 2 << 16;     // of keys and values by queries, of all its tiles' first rows
 static constexpr int64_t ENOUGH_ITEMS = 32;   // of one sequence, for any number of threads
 static constexpr int64_t SUB_LANES = MOST_VECTORS * LANES, SUBS = BLOCK_LANES / SUB_LANES;
 
@@ -82,28 +84,38 @@ int64_t padded(int64_t width) { return (width + PANEL - 1) / PANEL * PANEL; }
 
 int64_t TileAttention::sum_floats() const { return BLOCK_LANES * (padded(value_width_) + 2); }
 
+// One block of queries, in parts where it alone would not occupy the threads.
+void TileAttention::cut_block(const Work& work, const TileSpan& span, int kv_head, int64_t lane, int64_t lanes, int64_t blocks, std::vector<Item>& items) const {
+    const int64_t *positions = work.positions + span.start, oldest = positions[lane / work.group], newest = positions[(lane + lanes - 1) / work.group];
+    Item item{&span, kv_head, lane, lanes, 0, 0, 0, 1, 0};
+    int64_t tiles = 0;
+    for (size_t s = 0; s < streams_.size(); s++) {
+        const TileRows rows = span.rows[s].of_query(lane / work.group);
+        tiles += Tiles(Seen(streams_[s], rows, oldest).first, Seen(streams_[s], rows, newest).end).count();
+    }
+    const int64_t numbers = lanes * (key_width_ + value_width_);
+    const int64_t least = std::max(LEAST_TILES * ((lanes + SUB_LANES - 1) / SUB_LANES), (LEAST_NUMBERS + numbers - 1) / numbers);
+    item.parts = int(std::clamp<int64_t>(std::min((ENOUGH_ITEMS + blocks - 1) / blocks, tiles / least), 1, ENOUGH_ITEMS));
+    int64_t kept = items.empty() ? 0 : items.back().kept + (items.back().parts > 1 ? sum_floats() : 0);
+    for (item.part = 0; item.part < item.parts; item.part++) {
+        item.tile = tiles * item.part / item.parts;
+        item.end_tile = tiles * (item.part + 1) / item.parts;
+        item.kept = kept;
+        if (item.parts > 1) kept += sum_floats();
+        items.push_back(item);
+    }
+}
+
 std::vector<TileAttention::Item> TileAttention::cut(const Work& work) const {
     std::vector<Item> items;
-    int64_t kept = 0;
     for (const TileSpan& span : work.spans) {
-        const int64_t lanes = span.count * work.group, blocks = kv_heads_ * ((lanes + BLOCK_LANES - 1) / BLOCK_LANES);
+        // queries that select rows have nothing in common but their token's other heads
+        const int64_t lanes = span.count * work.group, together = span.selects() ? work.group : lanes, blocks_of = (together + BLOCK_LANES - 1) / BLOCK_LANES;
+        const int64_t blocks = kv_heads_ * (lanes / together) * blocks_of;
         for (int kv_head = 0; kv_head < kv_heads_; kv_head++)
-            for (int64_t lane = (lanes - 1) / BLOCK_LANES * BLOCK_LANES; lane >= 0; lane -= BLOCK_LANES) {  // the longest first
-                Item item{&span, kv_head, lane, std::min(BLOCK_LANES, lanes - lane), 0, 0, 0, 1, 0};
-                int64_t tiles = 0;
-                for (size_t s = 0; s < streams_.size(); s++) {
-                    const int64_t *positions = work.positions + span.start, newest = positions[(lane + item.lanes - 1) / work.group];
-                    tiles += Tiles(Seen(streams_[s], span.rows[s], positions[lane / work.group]).first, Seen(streams_[s], span.rows[s], newest).end).count();
-                }
-                item.parts = int(std::clamp<int64_t>(std::min((ENOUGH_ITEMS + blocks - 1) / blocks, tiles / PART_TILES), 1, ENOUGH_ITEMS));
-                for (item.part = 0; item.part < item.parts; item.part++) {
-                    item.tile = tiles * item.part / item.parts;
-                    item.end_tile = tiles * (item.part + 1) / item.parts;
-                    item.kept = kept;
-                    if (item.parts > 1) kept += sum_floats();
-                    items.push_back(item);
-                }
-            }
+            for (int64_t first = lanes - together; first >= 0; first -= together)  // the longest first
+                for (int64_t lane = (blocks_of - 1) * BLOCK_LANES; lane >= 0; lane -= BLOCK_LANES)
+                    cut_block(work, span, kv_head, first + lane, std::min(BLOCK_LANES, together - lane), blocks, items);
     }
     return items;
 }
@@ -134,20 +146,20 @@ void TileAttention::find_rows(const TileStream& stream, const TileRows& rows, in
     else find(tile.v, stream.v, rows.v_pages, rows.v_first_page);
 }
 
-// Encoded rows as numbers in `decoded` [2, TILE_ROWS, widths], and the tile pointed at them.
-void TileAttention::decode_rows(const Isa& isa, const TileStream& stream, uint16_t* decoded, Tile& tile) const {
+// Encoded rows `begin ... end` of the tile as numbers in `decoded` [2, TILE_ROWS, widths], and the tile pointed at them.
+void TileAttention::decode_rows(const Isa& isa, const TileStream& stream, int begin, int end, uint16_t* decoded, Tile& tile) const {
     const auto decode = [&](const uint8_t** rows, const StreamShape& shape) {
         if (shape.kind == RowKind::BF16) return;
-        isa.decode_heads(shape.kind, shape.width, rows, TILE_ROWS, decoded, shape.width, true);
-        for (int i = 0; i < TILE_ROWS; i++, decoded += shape.width) rows[i] = reinterpret_cast<const uint8_t*>(decoded);
+        isa.decode_heads(shape.kind, shape.width, rows + begin, end - begin, decoded, shape.width, true);
+        for (int i = 0; i < TILE_ROWS; i++) rows[i] = reinterpret_cast<const uint8_t*>(decoded + (std::clamp(i, begin, end - 1) - begin) * shape.width);
+        decoded += TILE_ROWS * shape.width;
     };
     decode(tile.k, stream.k);
     if (stream.same) std::copy(tile.k, tile.k + TILE_ROWS, tile.v);
     else decode(tile.v, stream.v);
 }
 
-// Rotated keys stay as they are and the queries are rotated; results are rotated back.
-static void rotate(const Isa& isa, int width, const uint16_t* from, uint16_t* to, const Rotation& rotation, void (Rotation::*way)(float*) const) {
+void rotate_bf16(const Isa& isa, int width, const uint16_t* from, uint16_t* to, const Rotation& rotation, void (Rotation::*way)(float*) const) {
     static thread_local std::vector<float> kept;
     kept.resize(size_t(width));
     float* numbers = kept.data();
@@ -165,7 +177,7 @@ void TileAttention::pack(const Work& work, const Item& item, int64_t lane, const
     const auto& rotation = streams_[0].k.rotation;
     std::vector<uint16_t> rotated(rotation ? size_t(SUB_LANES * key_width_) : 0);
     for (int64_t l = 0; rotation && l < SUB_LANES; l++) {
-        rotate(work.isa, key_width_, rows[l], rotated.data() + l * key_width_, *rotation, &Rotation::apply);
+        rotate_bf16(work.isa, key_width_, rows[l], rotated.data() + l * key_width_, *rotation, &Rotation::apply);
         rows[l] = rotated.data() + l * key_width_;
     }
     work.isa.tile.pack_queries(queries, rows);
@@ -194,7 +206,7 @@ void TileAttention::write(const Work& work, const Item& item, const TileQueries*
         }
         work.isa.tile.write(*subs, work.sinks ? sinks : nullptr, rows);
         for (uint16_t* row : rows)
-            if (row && streams_[0].v.rotation) rotate(work.isa, value_width_, row, row, *streams_[0].v.rotation, &Rotation::undo);
+            if (row && streams_[0].v.rotation) rotate_bf16(work.isa, value_width_, row, row, *streams_[0].v.rotation, &Rotation::undo);
     }
 }
 
@@ -213,7 +225,7 @@ void TileAttention::run(const Work& work, const Item& item, float* kept) const {
     const int64_t* positions = work.positions + item.span->start;
     int64_t before = 0;  // tiles of the streams in front
     for (size_t s = 0; s < streams_.size(); s++) {
-        const TileRows& rows = item.span->rows[s];
+        const TileRows rows = item.span->rows[s].of_query(item.lane / work.group);
         for (int64_t l = 0; l < num_subs * SUB_LANES; l++) {
             const Seen seen(streams_[s], rows, positions[(item.lane + std::min(l, item.lanes - 1)) / work.group]);
             first[l] = int32_t(seen.first);
@@ -229,7 +241,7 @@ void TileAttention::run(const Work& work, const Item& item, float* kept) const {
         for (int64_t t = begin_tile; t < end_tile; t++) {
             Tile& tile = both[t & 1];
             if (t + 1 < end_tile) find(t + 1);
-            decode_rows(work.isa, streams_[s], decoded, tile);
+            decode_rows(work.isa, streams_[s], unseen(t), count(t), decoded, tile);
             tile.next = t + 1 < end_tile ? &both[(t + 1) & 1] : nullptr;
             work.isa.tile.pack_values(tile, unseen(t) & ~1, count(t), value_width_);
             for (int i = 0; i < num_subs; i++) {

@@ -1,5 +1,6 @@
 // Attention of many queries a sequence (prompts; many heads on one row) straight from the arena's pages.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -23,15 +24,27 @@ struct TileRows {
     int64_t k_first_page;
     const int32_t* v_pages;
     int64_t v_first_page;
-    const int64_t* chosen;  // the rows that the one query sees, where num_chosen >= 0
+    const int64_t* chosen;  // [queries, num_chosen] the rows that each query sees, ascending, -1 behind the last; where num_chosen >= 0
     int64_t num_chosen;     // below 0: all rows that a position sees
+
+    TileRows of_query(int64_t query) const {  // what one of the queries sees: as many rows as there are
+        TileRows one = *this;
+        if (num_chosen < 0) return one;
+        for (one.chosen += query * num_chosen; one.num_chosen > 0 && one.chosen[one.num_chosen - 1] < 0;) one.num_chosen--;
+        return one;
+    }
 };
 
 // The queries of one sequence: rows `start ... start + count` of q, at ascending positions.
 struct TileSpan {
     int64_t start, count;
     std::vector<TileRows> rows;  // of each stream
+
+    bool selects() const { return std::any_of(rows.begin(), rows.end(), [](const TileRows& each) { return each.num_chosen >= 0; }); }
 };
+
+// One head of bfloat16, from there to here: rotated keys stay as they are and the queries are rotated; results are rotated back.
+void rotate_bf16(const Isa& isa, int width, const uint16_t* from, uint16_t* to, const Rotation& rotation, void (Rotation::*way)(float*) const);
 
 class TileAttention {
   public:
@@ -51,10 +64,11 @@ class TileAttention {
     std::vector<Item> cut(const Work& work) const;
     void run(const Work& work, const Item& item, float* kept) const;
     void write(const Work& work, const Item& item, const TileQueries* subs) const;
+    void cut_block(const Work& work, const TileSpan& span, int kv_head, int64_t lane, int64_t lanes, int64_t blocks, std::vector<Item>& items) const;
     void pack(const Work& work, const Item& item, int64_t lane, const TileQueries& queries) const;
     int bind(const Work& work, const Item& item, float* packed, float* sums, const int32_t* first, const int32_t* end, TileQueries* subs) const;
     void find_rows(const TileStream& stream, const TileRows& rows, int64_t first, int begin, int end, int kv_head, Tile& tile) const;
-    void decode_rows(const Isa& isa, const TileStream& stream, uint16_t* decoded, Tile& tile) const;
+    void decode_rows(const Isa& isa, const TileStream& stream, int begin, int end, uint16_t* decoded, Tile& tile) const;
     int64_t sum_floats() const;  // that one block of queries sums up
 
     const uint8_t* arena_;

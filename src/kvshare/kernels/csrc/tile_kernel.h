@@ -41,16 +41,16 @@ struct NextRows {
     }
 };
 
-// scores[t * stride + lane] (+)= the product of pairs `begin ... end` of row t and of the queries, for Rows rows and Vectors vectors of lanes.
+// scores[t * to_stride + lane] (+)= the product of pairs `begin ... end` of row t and of the queries, for Rows rows and Vectors vectors of lanes.
 template <int Rows, int Vectors, bool Asks>
-inline void score(const uint8_t* const* rows, const uint32_t* queries, int64_t begin, int64_t end, int stride, const NextRows& next, float* scores) {
+inline void score(const uint8_t* const* rows, const uint32_t* queries, int64_t begin, int64_t end, int stride, const NextRows& next, float* scores, int to_stride) {
     const bool more = begin > 0;
     queries += begin * stride;
     Lanes sums[Rows][Vectors];
 #pragma GCC unroll 24
     for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; v++) sums[r][v] = more ? load<Lanes>(scores + r * stride + v * LANES) : Lanes{};
+        for (int v = 0; v < Vectors; v++) sums[r][v] = more ? load<Lanes>(scores + r * to_stride + v * LANES) : Lanes{};
     const uint8_t* at[Rows];
     for (int r = 0; r < Rows; r++) at[r] = rows[r];
     for (int64_t i = begin; i < end; i++, queries += stride) {
@@ -68,7 +68,7 @@ inline void score(const uint8_t* const* rows, const uint32_t* queries, int64_t b
 #pragma GCC unroll 24
     for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; v++) store(scores + r * stride + v * LANES, sums[r][v]);
+        for (int v = 0; v < Vectors; v++) store(scores + r * to_stride + v * LANES, sums[r][v]);
 }
 
 // out[c * stride + lane] = shrink[lane] * out + the sum over `pairs` pairs of rows of weights * values, for Columns columns of a panel.
@@ -105,7 +105,7 @@ inline void score_tile(const Tile& tile, int begin, int end, const TileQueries& 
             const NextRows next(tile.next, t, Rows);
             (tile.next ? score<Rows, Vectors, true> : score<Rows, Vectors, false>)(tile.k + t, queries.packed + vector * LANES, from,
                                                                                   pairs - from < PAIRS_AT_ONCE ? pairs : from + PAIRS_AT_ONCE, stride, next,
-                                                                                  scores + t * stride + vector * LANES);
+                                                                                  scores + t * stride + vector * LANES, stride);
         }
 }
 
@@ -197,18 +197,23 @@ inline void attend_tile(const Tile& tile, int begin, int end, bool masked, const
     sum_all();
 }
 
-inline void pack_queries(const TileQueries& queries, const uint16_t* const* rows) {
-    const int pairs = queries.key_width / 2, stride = queries.vectors * LANES, whole = pairs / 16 * 16;
+inline void pack_pairs(const uint16_t* const* rows, int width, int vectors, uint32_t* packed) {
+    const int pairs = width / 2, stride = vectors * LANES, whole = pairs / 16 * 16;
     for (int lane = 0; lane < stride; lane += LANES) {
         for (int i = 0; i < whole; i += 16) {
             Words block[16];
             for (int l = 0; l < LANES; l++) block[l] = load<Words>(rows[lane + l] + 2 * i);
             transpose(block);
-            for (int j = 0; j < 16; j++) store(queries.packed + (i + j) * stride + lane, block[j]);
+            for (int j = 0; j < 16; j++) store(packed + (i + j) * stride + lane, block[j]);
         }
         for (int i = whole; i < pairs; i++)
-            for (int l = 0; l < LANES; l++) queries.packed[i * stride + lane + l] = load<uint32_t>(rows[lane + l] + 2 * i);
+            for (int l = 0; l < LANES; l++) packed[i * stride + lane + l] = load<uint32_t>(rows[lane + l] + 2 * i);
     }
+}
+
+inline void pack_queries(const TileQueries& queries, const uint16_t* const* rows) {
+    const int stride = queries.vectors * LANES;
+    pack_pairs(rows, queries.key_width, queries.vectors, queries.packed);
     for (int i = 0; i < stride; i++) {
         queries.maximum[i] = LOWEST;
         queries.weight[i] = 0;
@@ -266,4 +271,4 @@ inline void write_results(const TileQueries& queries, const float* sinks, uint16
     }
 }
 
-constexpr TileKernel tile_kernel = {pack_queries, pack_values, attend_tile, merge_tiles, write_results};
+constexpr TileKernel tile_kernel = {pack_pairs, pack_queries, pack_values, attend_tile, merge_tiles, write_results};
