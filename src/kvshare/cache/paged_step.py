@@ -75,8 +75,10 @@ class PagedStep(Step):
         super().__init__(cache.layout, [c.num_tokens for c in caches], counts, reader_rows, device)
         self.cache = cache
         self.caches = caches
+        self.arena = caches[0].arena
         self._native = kernels.available() and device.type == "cpu"
         self._native_spans: StepSpans | None = None
+        self._is_all_single: bool | None = None
         self._gathered: dict[tuple[int, str, int], tuple[int, Tensor]] = {}  # rows that several readers will ask for
 
     def attend(
@@ -91,13 +93,13 @@ class PagedStep(Step):
         rebuild: KeyRebuild | None = None,
     ) -> Tensor:
         """Where kernels can read the owner's pages, in one call for all sequences with a single query and in one for all others."""
-        owner, arena = self.layout.owner[layer], self.caches[0].arena
+        owner, arena = self.layout.owner[layer], self.arena
         single = self.cache.native_attention.of(owner, arena, q.dtype)
         many = self.cache.tiled_attention.of(owner, arena) if q.dtype == torch.bfloat16 else None
         if single is None and many is None:
             return super().attend(layer, q, scale=scale, softcap=softcap, sinks=sinks, entries=entries, rebuild=rebuild)
         out = q.new_empty(*q.shape[:2], self.layout.layers[owner].value_width)
-        if single is not None and self._all_single and (many is None or not many.takes(1, q.shape[1], entries)):
+        if single is not None and self.all_single and (many is None or not many.takes(1, q.shape[1], entries)):
             single.attend(q, out, self.native_spans, scale=scale, softcap=softcap, sinks=sinks)
             return out
         singles, spans = False, []
@@ -133,12 +135,15 @@ class PagedStep(Step):
 
     def tail(self) -> Self:
         step = super().tail()
-        step._native_spans = None
+        step._native_spans = step._is_all_single = None
         return step
 
     @property
-    def _all_single(self) -> bool:
-        return all(span.end - span.start == 1 for span in self.spans)
+    def all_single(self) -> bool:
+        """Whether each sequence has one query."""
+        if self._is_all_single is None:
+            self._is_all_single = all(span.end - span.start == 1 for span in self.spans)
+        return self._is_all_single
 
     def _write_all(self, layer: int, stream: Stream, values: Tensor) -> None:
         if not self._native or stream.tokens_per_row != 1:
@@ -147,7 +152,7 @@ class PagedStep(Step):
             codec = self.cache.codecs[layer, stream.name]
             as_it_is = isinstance(codec, RawCodec) and codec.dtype == values.dtype and values.stride()[1:] == (stream.width, 1)
             rows = values if as_it_is else self.cache.encoded(layer, stream, values)
-            self.native_spans.append(self.caches[0].arena, *self.cache.tables[layer, stream.name], rows)
+            self.native_spans.append(self.arena, *self.cache.tables[layer, stream.name], rows)
 
     def _write(self, layer: int, stream: Stream, sequence: int, first: int, values: Tensor) -> None:
         encoded = self.cache.encoded(layer, stream, values)

@@ -13,6 +13,8 @@ from functools import cache
 
 from torch import Tensor
 
+from kvshare.kernels.native import available, module
+
 _RANDOM, _WILL_NEED = getattr(mmap, "MADV_RANDOM", None), getattr(mmap, "MADV_WILLNEED", None)  # absent where there is no madvise
 
 
@@ -22,11 +24,15 @@ def expect_random_reads(table: Tensor) -> None:  # [entries, ...] contiguous
         advise(table.data_ptr(), table.nbytes, _RANDOM)
 
 
-def prefetch_rows(table: Tensor, rows: Tensor) -> None:  # [entries, ...] contiguous, [n]
+def prefetch_rows(table: Tensor, rows: Tensor) -> None:  # [entries, ...] contiguous, int64 [n]
     """Begin to fetch these rows, all at once and without waiting. Costs about a microsecond for each row that is there already."""
     if _WILL_NEED is None or not table.is_contiguous():
         return
     start, row_bytes = table.data_ptr(), table.stride(0) * table.element_size()
+    if available():
+        rows = rows.contiguous()
+        module().prefetch_rows(start, row_bytes, rows.data_ptr(), len(rows))
+        return
     for row in rows.tolist():
         advise(start + row * row_bytes, row_bytes, _WILL_NEED)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvshare.cache.paged_step import PagedCache, PagedStep
+from kvshare.engine.decode_steps import DecodeSteps
 from kvshare.engine.sampler import logprobs_of
 from kvshare.engine.sequence import Sequence
 from kvshare.models.model import Model
@@ -20,9 +21,13 @@ class Runner:
 
     def __init__(self, model: Model, cache: PagedCache):
         self.model, self.cache = model, cache
+        self.decode_steps = DecodeSteps(model, cache)
 
     def run(self, batch: list[tuple[Sequence, int]]) -> Iterator[tuple[Sequence, Tensor]]:
         """Advance the caches; yields each sequence that has no token left to run, with its next-token logits (float32 [vocab])."""
+        if len(batch) <= HEAD_ROWS and all(_decodes(sequence, count) for sequence, count in batch):
+            yield from self._decode([sequence for sequence, _ in batch])
+            return
         tokens, kept = list[int](), list[list[int]]()
         for sequence, count in batch:
             done = sequence.cache.num_tokens
@@ -50,6 +55,15 @@ class Runner:
             for (sequence, _), row in zip(part, logits, strict=True):
                 yield sequence, row
 
+    def _decode(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, Tensor]]:
+        """`run` where each sequence runs one token and wants its logits."""
+        tokens = [sequence.tokens[sequence.cache.num_tokens] for sequence in sequences]
+        logits = self.decode_steps.logits(tokens, [sequence.cache for sequence in sequences])  # [sequences, vocab]
+        for sequence in sequences:
+            self._account(sequence, 1, 1)
+            sequence.cache.commit(1)
+        yield from zip(sequences, logits, strict=True)
+
     @staticmethod
     def _rows_with_logits(sequence: Sequence, count: int) -> list[int]:
         """The rows, of the step's `count`, that go on behind the last owner: the last one, or all where prompt logprobs are asked for."""
@@ -76,3 +90,7 @@ class Runner:
             part = targets[start : start + HEAD_ROWS]
             logits = self.model.logits(hidden[start : start + len(part)])
             recorded.extend(logprobs_of(logits, torch.tensor(part), sequence.params.prompt_logprobs or 0))
+
+
+def _decodes(sequence: Sequence, count: int) -> bool:
+    return count == 1 == sequence.num_uncached and sequence.request.prompt_logprobs is None

@@ -70,24 +70,26 @@ def _heads(
     return out
 
 
-def add(x: Tensor, y: Tensor, *, of_y: Norm | None, scale: float = 1.0) -> Tensor:  # [rows, width] each
+def add(x: Tensor, y: Tensor, *, of_y: Norm | None, scale: Tensor | None = None) -> Tensor:  # [rows, width] each, scale [1]
     """(x + of_y(y)) * scale."""
     return _sum(x, y, of_y, None, scale)[0]
 
 
 def add_and_norm(x: Tensor, y: Tensor, norm: Norm, *, of_y: Norm | None) -> tuple[Tensor, Tensor]:  # [rows, width] each
     """x + of_y(y), and `norm` of it."""
-    return _sum(x, y, of_y, norm, 1.0)
+    return _sum(x, y, of_y, norm, None)
 
 
-def _sum(x: Tensor, y: Tensor, of_y: Norm | None, norm: Norm | None, scale: float) -> tuple[Tensor, Tensor]:
-    if x.shape != y.shape or x.dtype != y.dtype:
+def _sum(x: Tensor, y: Tensor, of_y: Norm | None, norm: Norm | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    if x.shape != y.shape or x.dtype != y.dtype or (scale is not None and scale.dtype != x.dtype):
         raise ValueError(f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)} cannot be added")
     x, y = x.contiguous(), y.contiguous()
     total = torch.empty_like(x)
     normed = total if norm is None else torch.empty_like(x)
     addresses = x.data_ptr(), y.data_ptr(), total.data_ptr(), normed.data_ptr()
-    module().sum(*addresses, x.dtype == torch.bfloat16, *x.shape, of_y or _NO_NORM, norm or _NO_NORM, scale)
+    module().sum(
+        *addresses, x.dtype == torch.bfloat16, *x.shape, of_y or _NO_NORM, norm or _NO_NORM, 0 if scale is None else scale.data_ptr()
+    )
     return total, normed
 
 

@@ -33,9 +33,14 @@ class RMSNorm(nn.Module):
 def add_normed(x: Tensor, y: Tensor, norm: RMSNorm, scale: Tensor | None = None) -> Tensor:  # [tokens, width] each, scale [1]
     """The residual x + norm(y), times `scale` where there is one."""
     if small_ops.takes(x) and (scale is None or scale.dtype == x.dtype):
-        return small_ops.add(x, y, of_y=norm.spelled(), scale=1.0 if scale is None else scale.item())
+        return small_ops.add(x, y, of_y=norm.spelled(), scale=scale)
     total = x + norm(y)
     return total if scale is None else total * scale
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:  # [tokens, width] each
+    """The residual x + y."""
+    return small_ops.add(x, y, of_y=None) if small_ops.takes(x) and y.dtype == x.dtype else x + y
 
 
 def add_then_norm(x: Tensor, y: Tensor, norm: RMSNorm, y_norm: RMSNorm | None = None) -> tuple[Tensor, Tensor]:  # [tokens, width] each

@@ -14,7 +14,7 @@ from kvshare.layers.activations import swiglu
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.key_balance import key_balance
 from kvshare.layers.linear import Linear
-from kvshare.layers.norm import RMSNorm, add_then_norm
+from kvshare.layers.norm import RMSNorm, add, add_then_norm
 from kvshare.layers.reader import KeyProjection, with_value_projection
 from kvshare.layers.rotary import Rotation, frequencies
 from kvshare.layout import CacheLayout
@@ -118,7 +118,7 @@ class Block(nn.Module):
             kept, step = step.rows_kept, step.tail()
             x, normed, rotation = x[kept], normed[kept], rotation.at_rows(kept)
         x, normed = add_then_norm(x, self.attention(normed, q, rotation, step), self.mlp_norm)
-        return x + self.mlp(normed), rotation, step
+        return add(x, self.mlp(normed)), rotation, step
 
 
 class Llama(Decoder):

@@ -5,6 +5,12 @@
 #include <cstring>
 #include <stdexcept>
 
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "address.h"
 #include "kernels.h"
 #include "program.h"
 
@@ -75,4 +81,19 @@ void bind_blocks(nb::module_& m) {
             }
         });
     }, "type"_a, "table"_a, "interleaved"_a, "entries"_a, "k"_a, "indices"_a, "count"_a, "begin"_a, "end"_a, "to"_a, "bf16"_a);
+
+    // Ask the system for the pages of some rows of a mapped table, without waiting for them.
+    m.def("prefetch_rows", [](uintptr_t table, int64_t row_bytes, uintptr_t indices, int64_t count) {
+        perform(Gil::released, [=](const Isa&) {
+#ifdef MADV_WILLNEED
+            const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
+            for (int64_t i = 0; i < count; i++) {
+                const uintptr_t row = table + uintptr_t(at<const int64_t>(indices)[i] * row_bytes), begin = row / page * page;
+                madvise(at<void>(begin), row + uintptr_t(row_bytes) - begin, MADV_WILLNEED);  // only advice: whether it is taken is not looked at
+            }
+#else
+            (void)table, (void)row_bytes, (void)indices, (void)count;
+#endif
+        });
+    }, "table"_a, "row_bytes"_a, "indices"_a, "count"_a);
 }

@@ -27,9 +27,9 @@ void bind_small_ops(nb::module_& m) {
           });
     m.def("sum",
           [](uintptr_t x, uintptr_t y, uintptr_t total, uintptr_t normed, bool bf16, int64_t rows, int64_t width, const NormArguments& of_y, const NormArguments& of_sum,
-             float scale) {
-              const SumTask task = {at<const void>(x), at<const void>(y), at<void>(total), at<void>(normed), width, nullptr, nullptr, 0, 0, scale};
-              perform(Gil::kept, [=, of_y = norm_of(of_y), of_sum = norm_of(of_sum)](const Isa& isa) { run_sum(isa, task, of_y, of_sum, bf16, rows); });
+             uintptr_t scale) {
+              const SumTask task = {at<const void>(x), at<const void>(y), at<void>(total), at<void>(normed), width, nullptr, nullptr, 0, 0, 1};
+              perform(Gil::kept, [=, of_y = norm_of(of_y), of_sum = norm_of(of_sum)](const Isa& isa) { run_sum(isa, task, of_y, of_sum, at<const void>(scale), bf16, rows); });
           });
     m.def("gate", [](uintptr_t gate, uintptr_t up, uintptr_t out, bool bf16, int64_t rows, int64_t gate_stride, int64_t up_stride, int64_t width, bool gelu) {
         const GateTask task = {at<const void>(gate), at<const void>(up), at<void>(out), gate_stride, up_stride, width, gelu};

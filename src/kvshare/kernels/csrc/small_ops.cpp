@@ -26,20 +26,20 @@ static void over(int64_t count, int64_t numbers_each, Run run) {
     }
 }
 
+static float widened(uint16_t number) {
+    const uint32_t bits = uint32_t(number) << 16;
+    float v;
+    memcpy(&v, &bits, 4);
+    return v;
+}
+
 // The weight of a norm as floats, in `kept`; nullptr where nothing is normed.
 static const float* factors(const Norm& norm, int64_t width, std::vector<float>& kept) {
     if (norm.eps < 0) return nullptr;
     kept.assign(size_t(width), 1.0f);
     if (!norm.weight) return kept.data();
     for (int64_t i = 0; i < width; i++) {
-        float v;
-        if (norm.bf16) {
-            const uint32_t bits = uint32_t(static_cast<const uint16_t*>(norm.weight)[i]) << 16;
-            memcpy(&v, &bits, 4);
-        } else {
-            v = static_cast<const float*>(norm.weight)[i];
-        }
-        kept[size_t(i)] = norm.offset + v;
+        kept[size_t(i)] = norm.offset + (norm.bf16 ? widened(static_cast<const uint16_t*>(norm.weight)[i]) : static_cast<const float*>(norm.weight)[i]);
     }
     return kept.data();
 }
@@ -52,11 +52,12 @@ void run_heads(const Isa& isa, HeadsTask task, const Norm& norm, bool bf16, int6
     over(rows, task.heads * task.width, [&](int64_t begin, int64_t end) { isa.small.heads(task, bf16, begin, end); });
 }
 
-void run_sum(const Isa& isa, SumTask task, const Norm& of_y, const Norm& of_sum, bool bf16, int64_t rows) {
+void run_sum(const Isa& isa, SumTask task, const Norm& of_y, const Norm& of_sum, const void* scale, bool bf16, int64_t rows) {
     task.y_weight = factors(of_y, task.width, first_factors);
     task.weight = factors(of_sum, task.width, second_factors);
     task.y_eps = of_y.eps;
     task.eps = of_sum.eps;
+    if (scale) task.scale = bf16 ? widened(*static_cast<const uint16_t*>(scale)) : *static_cast<const float*>(scale);
     over(rows, task.width, [&](int64_t begin, int64_t end) { isa.small.sum(task, bf16, begin, end); });
 }
 

@@ -14,7 +14,7 @@ struct Norm {
 
 // `task` without what `norm` says.
 void run_heads(const Isa& isa, HeadsTask task, const Norm& norm, bool bf16, int64_t rows);
-void run_sum(const Isa& isa, SumTask task, const Norm& of_y, const Norm& of_sum, bool bf16, int64_t rows);
+void run_sum(const Isa& isa, SumTask task, const Norm& of_y, const Norm& of_sum, const void* scale, bool bf16, int64_t rows);  // scale: [1] or nullptr
 void run_gate(const Isa& isa, const GateTask& task, bool bf16, int64_t rows);
 void run_cap(const Isa& isa, float* x, int64_t count, float cap);
 

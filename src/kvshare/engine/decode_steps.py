@@ -1,0 +1,128 @@
+"""Steps in which every sequence runs one token: recorded when they come again, and from then on replayed (`kvshare.kernels.program`)."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kvshare import kernels
+from kvshare.cache.arena import Arena
+from kvshare.cache.paged_step import PagedCache, PagedStep
+from kvshare.cache.recorded_step import RecordedStep
+from kvshare.cache.tables import SequenceCache
+from kvshare.kernels.program import Program, record
+from kvshare.kernels.scratch import Scratch
+from kvshare.kernels.step_spans import StepSpans, TokenSpan
+from kvshare.models.model import Model
+
+MOST_PROGRAMS = 16  # each of a batch size; the one that was not used for longest makes room
+SCRATCH_BYTES = 256 << 20  # that temporaries of a step may take; memory that none needs is never touched
+
+_log = logging.getLogger(__name__)
+
+
+class Decoding(NamedTuple):
+    """What a program was recorded for."""
+
+    sequences: int
+    arena: Arena
+    isa: str
+
+
+class _Recorded(NamedTuple):
+    program: Program
+    tokens: Tensor  # int64 [sequences]: filled before each run, as are
+    positions: Tensor  # int64 [sequences]
+
+
+class DecodeSteps:
+    """The logits of one-token steps of a model.
+
+    A replay computes what the step itself would, bit for bit, without Python between the kernels. Where it cannot be done (a model that
+    asks the step for more than attention, hooks on modules, gradients, no kernels), steps run as they are, and `reasons` says why. Weights
+    may change in place; where a parameter is replaced, steps are recorded anew.
+    """
+
+    def __init__(self, model: Model, cache: PagedCache):
+        self.model, self.cache = model, cache
+        self.reasons: dict[Decoding, str] = {}  # why steps are not replayed
+        self._recorded: dict[Decoding, _Recorded] = {}  # the one used last at the end
+        self._met: set[Decoding] = set()
+        self._scratch: Scratch | None = None
+        self._model_seen = _Seen(model)
+
+    @property
+    def num_programs(self) -> int:
+        return len(self._recorded)
+
+    def logits(self, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:  # -> float32 [sequences, vocab]
+        """Append a token to each sequence, whose cache has reserved its place. The result is overwritten by the next step."""
+        if not self._may_record(caches[0].arena):
+            return self._compute(torch.tensor(tokens), PagedStep(self.cache, caches, [1] * len(caches)))
+        decoding = Decoding(len(caches), caches[0].arena, kernels.isa())
+        recorded = self._recorded.pop(decoding, None)
+        if recorded is not None:
+            self._recorded[decoding] = recorded
+            return self._replay(recorded, tokens, caches)
+        if decoding in self._met and decoding not in self.reasons:
+            return self._record(decoding, tokens, caches)
+        self._met.add(decoding)
+        return self._compute(torch.tensor(tokens), PagedStep(self.cache, caches, [1] * len(caches)))
+
+    def _may_record(self, arena: Arena) -> bool:
+        if not (kernels.available() and arena.pages.is_cpu and torch.is_inference_mode_enabled()):
+            return False
+        if self._model_seen.changed():
+            self._recorded.clear()
+            self._model_seen = _Seen(self.model)
+        return not self._model_seen.has_hooks()
+
+    def _compute(self, tokens: Tensor, step: PagedStep) -> Tensor:
+        return self.model.logits(self.model(tokens, step)).float()
+
+    def _replay(self, recorded: _Recorded, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
+        past = [cache.num_tokens for cache in caches]
+        recorded.tokens.copy_(torch.frombuffer(array("q", tokens), dtype=torch.int64))
+        recorded.positions.copy_(torch.frombuffer(array("q", past), dtype=torch.int64))
+        spans = [TokenSpan(cache.page_runs, first, 1, row) for row, (cache, first) in enumerate(zip(caches, past, strict=True))]
+        return recorded.program.run(StepSpans(spans))
+
+    def _record(self, decoding: Decoding, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
+        if self._scratch is None:
+            self._scratch = Scratch(SCRATCH_BYTES)
+        step, inputs = RecordedStep(self.cache, caches, [1] * len(caches)), torch.tensor(tokens)
+        logits, program = record(partial(self._compute, inputs, step), step.prepare(), self._scratch)
+        if isinstance(program, str):
+            self.reasons[decoding] = program
+            _log.debug("steps of %d sequences are not replayed: %s", decoding.sequences, program)
+        else:
+            if len(self._recorded) >= MOST_PROGRAMS:
+                del self._recorded[next(iter(self._recorded))]
+            self._recorded[decoding] = _Recorded(program, inputs, step.positions)
+            _log.debug("steps of %d sequences are replayed in %d native calls", decoding.sequences, program.num_native_runs)
+        return logits
+
+
+class _Seen:
+    """What of a model a recording depends on and others may change: where its weights lie, and hooks."""
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self._tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers) if tensors]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._addresses = self._find()
+
+    def _find(self) -> list[int]:
+        return [tensor.data_ptr() for tensors in self._tensors for tensor in tensors.values() if tensor is not None]
+
+    def changed(self) -> bool:
+        return self._find() != self._addresses
+
+    def has_hooks(self) -> bool:
+        return any(self._hooks)
