@@ -159,6 +159,12 @@ def test_owners_without_whole_keys_keep_no_newest_rows(names: tuple[str, ...]):
     assert read_precision({0: "rot4"}, layout) == {0: "rot4"}
 
 
+def test_owners_whose_rows_are_selected_keep_no_newest_rows():
+    layout = CacheLayout((LayerCache("latent", 0, (Stream("latent", 1, 64, top_k=8), Stream("index", 1, 16))),))
+    with pytest.raises(ConfigError, match="an indexer selects"):
+        read_precision("rot4+4", layout)
+
+
 @settings(deadline=None)
 @given(layouts(), st.integers(0, 3000), st.integers(1, 5), precisions, st.integers(1, 700), st.integers(0, 8))
 def test_payload_fits_what_is_held_and_what_is_held_fits_the_peak(

@@ -22,7 +22,7 @@ _WHOLE = ("k", "v", "kv", "latent")  # streams of whole keys and values, a row a
 def with_newest(layer: LayerCache, index: int, count: int) -> LayerCache:
     """`layer`, which is layer `index`, with the newest `count` rows of its keys and values in 16 bits; itself if it has them already.
 
-    Compressed entries and indexer keys stay encoded. Raises `ConfigError` where keys are not stored whole.
+    Compressed entries and indexer keys stay encoded. Raises `ConfigError` where keys are not stored whole, or each query selects its rows.
     """
     if not count or any(stream.newest_of for stream in layer.streams):
         return layer
@@ -33,6 +33,8 @@ def with_newest(layer: LayerCache, index: int, count: int) -> LayerCache:
             f"layer {index} stores {', '.join(sorted(names))} and so cannot keep its newest {count} rows beside encoded ones: "
             "store whole keys (kv_layout plain), or leave the + away",
         )
+    if any(stream.top_k and stream.name in _WHOLE for stream in layer.streams):
+        raise ConfigError("kv_dtype", f"layer {index} reads the rows that an indexer selects, new or old: leave the +{count} away")
     older, newest = zip(*(_divided(stream, count) for stream in layer.streams), strict=True)
     return replace(layer, streams=(*older, *(stream for stream in newest if stream is not None)))
 
