@@ -37,25 +37,37 @@ inline __attribute__((always_inline)) void add_word(__m512i& sum, Bytes w, const
 // Asks for what is multiplied next, in the order in which it lies in memory and evenly over the work that goes on meanwhile.
 class LinesAhead {
   public:
-    LinesAhead(const uint8_t* from, int64_t bytes) : at_(reinterpret_cast<const char*>(from)), near_(bytes <= FIRST_LEVEL) {}
+    LinesAhead(const uint8_t* from, int64_t bytes) : at_(from), near_(bytes <= FIRST_LEVEL) {}
+    // For work that goes from `begin` to `end`, always `distance` before it, and then on to `next`.
+    LinesAhead(const uint8_t* begin, const uint8_t* end, const uint8_t* next, int64_t distance) : at_(begin), left_(end - begin), next_(next), near_(distance <= FIRST_LEVEL) {
+        pass(distance);
+    }
     template <int Bytes>
     void ask() {
         if (near_)
-            for (int i = 0; i < Bytes; i += 64) _mm_prefetch(at_ + i, _MM_HINT_T0);
+            for (int i = 0; i < Bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at_ + i), _MM_HINT_T0);
         else
-            for (int i = 0; i < Bytes; i += 64) _mm_prefetch(at_ + i, _MM_HINT_T1);
-        at_ += Bytes;
+            for (int i = 0; i < Bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at_ + i), _MM_HINT_T1);
+        pass(Bytes);
     }
 
   private:
     static constexpr int64_t FIRST_LEVEL = 16 << 10;  // more would drive out of the first-level cache what is multiplied now
-    const char* at_;
+    void pass(int64_t bytes) {
+        at_ += bytes;
+        if ((left_ -= bytes) <= 0) at_ = next_ - left_, left_ = INT64_MAX;
+    }
+    const uint8_t* at_;
+    int64_t left_ = INT64_MAX;
+    const uint8_t* next_ = nullptr;
     bool near_;
 };
 
+constexpr int64_t STREAM_AHEAD = 8 << 10;  // bytes that interleaved weights are asked for before they are multiplied: 4 and 16 KB are slower
+
 // Sixteen rows of weights by Rows of activations: totals[r], a row of weights a lane.
 template <BlockType T, int Rows>
-inline __attribute__((always_inline)) void multiply_strip(auto strip, int64_t blocks, const Activations* x, LinesAhead lines, __m512* totals) {
+inline __attribute__((always_inline)) void multiply_strip(auto strip, int64_t blocks, const Activations* x, LinesAhead& lines, __m512* totals) {
     using Format = Reader<T>;
     constexpr int halves = Format::halves, words = 8 / halves;
     const int8_t* q[Rows];
@@ -97,9 +109,9 @@ inline __attribute__((always_inline)) void multiply_strip(auto strip, int64_t bl
 template <BlockType T, int Rows>
 void multiply_strips(const WeightRows& weights, int64_t k, const Activations* x, float* y, int64_t stride, const uint8_t* ahead) {
     const int64_t blocks = k / shape_of(T).weights, strip_bytes = LANES * blocks * shape_of(T).bytes, end = weights.skip + weights.count;
+    LinesAhead lines(weights.data, weights.data + end * (strip_bytes / LANES), ahead, weights.interleaved ? STREAM_AHEAD : strip_bytes);
     for (int64_t n = 0; n < end; n += LANES) {
         const uint8_t* at = weights.data + n / LANES * strip_bytes;
-        const LinesAhead lines(n + LANES < end ? at + strip_bytes : ahead, strip_bytes);
         __m512 totals[Rows];
         if (weights.interleaved) multiply_strip<T, Rows>(InterleavedStrip<T>(at, blocks), blocks, x, lines, totals);
         else multiply_strip<T, Rows>(FileStrip<T>(at, blocks, end - n), blocks, x, lines, totals);
