@@ -5,7 +5,7 @@
 constexpr int WIDEST_HEAD = 2048;
 constexpr int HEADS_AT_ONCE = 16;
 
-inline void spell_plain(RowKind, int width, const float* q, uint8_t* to) { memcpy(to, q, size_t(width) * sizeof(float)); }
+inline void spell_plain(RowKind, int width, int, int head, const float* q, uint8_t* to) { memcpy(to + head * query_bytes(width), q, size_t(width) * sizeof(float)); }
 
 inline void attend_plain(const AttendRows& rows, const AttendState& state) {
     float row[WIDEST_HEAD], scores[HEADS_AT_ONCE][ATTEND_ROWS];

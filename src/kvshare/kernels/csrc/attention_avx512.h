@@ -48,9 +48,10 @@ inline void attend_avx512(const AttendRows& rows, const AttendState& state) {
     alignas(64) float scores[HEADS_TOGETHER * ATTEND_ROWS];
     const int group = state.group, key_width = state.key_width, value_width = state.value_width;
     const bool bf16_keys = state.keys == RowKind::BF16, bf16_values = state.values == RowKind::BF16;
-    Ahead ahead(rows, state);
-    const int asks = state.kv_heads * ((bf16_keys ? score_bf16_asks(key_width, group) : 0) + (bf16_values ? sum_bf16_asks(value_width, group) : 0));
-    if (asks) ahead.each = int((ahead.lines() + asks - 1) / asks);
+    const int slices = (group + HEADS_TOGETHER - 1) / HEADS_TOGETHER;
+    const int score_asks = bf16_keys ? score_bf16_asks(key_width, group) : slices * codes_asks(state.keys, key_width);
+    const int sum_asks = bf16_values ? sum_bf16_asks(value_width, group) : slices * codes_asks(state.values, value_width);
+    Ahead ahead(rows, state.kv_heads * (score_asks + sum_asks));
     for (int kv_head = 0; kv_head < state.kv_heads; kv_head++) {
         const int64_t k_offset = kv_head * head_bytes(state.keys, key_width), v_offset = kv_head * head_bytes(state.values, value_width);
         for (int begin = 0; begin < group; begin += HEADS_TOGETHER) {
@@ -58,7 +59,7 @@ inline void attend_avx512(const AttendRows& rows, const AttendState& state) {
             const uint8_t* q = state.q + head * state.query_bytes;
             float* out = state.out + int64_t(head) * value_width;
             if (bf16_keys) score_bf16(heads, q, state.query_bytes, key_width, rows.k, k_offset, ahead, scores);
-            else score_codes(state.keys, heads)(q, state.query_bytes, key_width, rows.k, k_offset, rows.count, ahead, scores);
+            else score_codes(state.keys, heads)(q, key_width, rows.k, k_offset, rows.count, ahead, scores);
             for (int h = 0; h < heads; h++) weigh(scores + h * ATTEND_ROWS, rows.count, state, head + h);
             if (bf16_values) sum_bf16(heads, scores, value_width, rows.v, v_offset, rows.count, ahead, out);
             else sum_codes(state.values, heads)(scores, value_width, rows.v, v_offset, rows.count, ahead, out);

@@ -4,12 +4,13 @@
 
 inline __mmask32 first_words(int count) { return count >= 32 ? 0xffffffffu : (1u << count) - 1; }
 
-constexpr int HALF = ATTEND_ROWS / 2, HEADS_TOGETHER = 8;
+constexpr int HALF = ATTEND_ROWS / 2;
 
-// scores[h * ATTEND_ROWS + t] = q[h] . k[t] for Heads heads and the HALF rows from k on, 16 / Heads of them at a time.
+// scores[h * ATTEND_ROWS + t] = q[h] . k[t] for Heads heads and the HALF rows from k on, 16 / Heads of them at a time (4 where Heads is 3).
 template <int Heads>
-inline void score(const uint8_t* q, int64_t query_bytes, int width, const uint8_t* const* k, int64_t offset, Ahead& ahead, float* scores) {
-    constexpr int Rows = 16 / Heads;
+inline void score(const uint8_t* q, int64_t query_bytes, int width, const uint8_t* const* k, int64_t offset, Ahead& asked, float* scores) {
+    Ahead ahead = asked;
+    constexpr int Rows = Heads == 3 ? 4 : 16 / Heads;
     for (int t = 0; t < HALF; t += Rows) {
         __m512 products[16];
         for (auto& p : products) p = _mm512_setzero_ps();
@@ -17,7 +18,7 @@ inline void score(const uint8_t* q, int64_t query_bytes, int width, const uint8_
             const __mmask32 mask = first_words(width - i);
             __m512bh row[Rows];
             for (int j = 0; j < Rows; j++) row[j] = (__m512bh)_mm512_maskz_loadu_epi16(mask, k[t + j] + offset + 2 * i);
-            ahead.ask(ahead.each);
+            ahead.ask(1);
             for (int h = 0; h < Heads; h++) {
                 const __m512bh head = (__m512bh)_mm512_maskz_loadu_epi16(mask, q + h * query_bytes + 2 * i);
                 for (int j = 0; j < Rows; j++) products[h * Rows + j] = _mm512_dpbf16_ps(products[h * Rows + j], row[j], head);
@@ -27,11 +28,13 @@ inline void score(const uint8_t* q, int64_t query_bytes, int width, const uint8_
         _mm512_store_ps(sums, sums_of(products));
         for (int h = 0; h < Heads; h++) memcpy(scores + h * ATTEND_ROWS + t, sums + h * Rows, Rows * sizeof(float));
     }
+    asked = ahead;
 }
 
 // out[h] += sum over t of p[h][t] * v[t] for Heads heads, two rows at a time; p are pairs of bfloat16.
 template <int Heads>
-inline void sum_up(const uint32_t* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& ahead, float* out) {
+inline void sum_up(const uint32_t* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& asked, float* out) {
+    Ahead ahead = asked;
     alignas(64) static const struct Order {
         uint16_t low[32], high[32];
         Order() {
@@ -52,7 +55,7 @@ inline void sum_up(const uint32_t* p, int width, const uint8_t* const* v, int64_
         }
         for (int t = 0; t < count; t += 2) {
             const __m512i a = _mm512_maskz_loadu_epi16(mask, v[t] + offset + 2 * i), b = _mm512_maskz_loadu_epi16(mask, v[t + 1] + offset + 2 * i);
-            ahead.ask(ahead.each);
+            ahead.ask(1);
             const __m512bh left = (__m512bh)_mm512_permutex2var_epi16(a, low, b), right = (__m512bh)_mm512_permutex2var_epi16(a, high, b);
             for (int h = 0; h < Heads; h++) {
                 const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(p[h * HALF + t / 2]));
@@ -65,6 +68,7 @@ inline void sum_up(const uint32_t* p, int width, const uint8_t* const* v, int64_
             _mm512_mask_storeu_ps(out + h * width + i + 16, second, sums[2 * h + 1]);
         }
     }
+    asked = ahead;
 }
 
 inline void score_bf16(int heads, const uint8_t* q, int64_t query_bytes, int width, const uint8_t* const* k, int64_t offset, Ahead& ahead, float* scores) {
@@ -73,6 +77,7 @@ inline void score_bf16(int heads, const uint8_t* q, int64_t query_bytes, int wid
             const uint8_t* at = q + h * query_bytes;
             float* to = scores + h * ATTEND_ROWS + t;
             if (heads - h >= 4) score<4>(at, query_bytes, width, k + t, offset, ahead, to), h += 4;
+            else if (heads - h == 3) score<3>(at, query_bytes, width, k + t, offset, ahead, to), h += 3;
             else if (heads - h >= 2) score<2>(at, query_bytes, width, k + t, offset, ahead, to), h += 2;
             else score<1>(at, query_bytes, width, k + t, offset, ahead, to), h += 1;
         }
@@ -87,11 +92,12 @@ inline void sum_bf16(int heads, const float* p, int width, const uint8_t* const*
         float* to = out + int64_t(h) * width;
         if (heads - h >= 8) sum_up<8>(at, width, v, offset, count, ahead, to), h += 8;
         else if (heads - h >= 4) sum_up<4>(at, width, v, offset, count, ahead, to), h += 4;
+        else if (heads - h == 3) sum_up<3>(at, width, v, offset, count, ahead, to), h += 3;
         else if (heads - h >= 2) sum_up<2>(at, width, v, offset, count, ahead, to), h += 2;
         else sum_up<1>(at, width, v, offset, count, ahead, to), h += 1;
     }
 }
 
 // How often `score_bf16` and `sum_bf16` ask for rows ahead, for all the heads of a group.
-inline int score_bf16_asks(int width, int group) { return (width + 31) / 32 * (group / 4 * 8 + (group >> 1 & 1) * 4 + (group & 1) * 2); }
-inline int sum_bf16_asks(int width, int group) { return (width + 31) / 32 * HALF * (group / 8 + (group >> 2 & 1) + (group >> 1 & 1) + (group & 1)); }
+inline int score_bf16_asks(int width, int group) { return (width + 31) / 32 * (group / 4 * 8 + (group % 4 == 3 ? 8 : group % 4 * 2)); }
+inline int sum_bf16_asks(int width, int group) { return (width + 31) / 32 * HALF * (group / 8 + (group >> 2 & 1) + (group % 4 == 3 ? 1 : (group >> 1 & 1) + (group & 1))); }

@@ -12,29 +12,31 @@ inline __m512i broadcast(const void* four) {
 
 // scores[h * ATTEND_ROWS + t] = q[h] . k[t]
 template <RowKind Kind, int Heads>
-void score_rows(const uint8_t* q, int64_t query_bytes, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& ahead, float* scores) {
+void score_rows(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& asked, float* scores) {
     using Form = Codes<Kind>;
     using Spelled = SpelledQuery<Kind>;
-    constexpr int passes = Spelled::passes;
+    constexpr int passes = Spelled::passes, planes = Spelled::planes;
     const Form codes = Form::without_signs();
+    const Spelled query(q, width, Heads);
+    Ahead ahead = asked;
     alignas(64) float scales[ATTEND_ROWS];
     row_scales(k, offset + code_bytes(Kind, width), scales);
+    constexpr int chains = Heads * passes <= 4 ? 4 : Heads * passes <= 8 ? 2 : 1;  // sums side by side where one would wait for itself
     for (int t = 0; t < count; t += 16) {
-        __m512i sums[passes][Heads];
-        each<Heads>([&](auto h) INLINE { each<passes>([&](auto pass) INLINE { sums[pass][h] = _mm512_set1_epi32(Spelled(q + h * query_bytes, width).minus[pass]); }); });
+        __m512i sums[passes][Heads][chains] = {};
+        each<Heads>([&](auto h) INLINE { each<passes>([&](auto pass) INLINE { sums[pass][h][0] = _mm512_set1_epi32(query.minus[h * passes + pass]); }); });
         Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
             __m512i tile[4];
             row_tile<whole>(codes, k + t, offset + int64_t(chunk) * Form::step, mask, tile);
             ahead.ask(4);
-            const uint8_t* at = q + chunk * Form::numbers;
-            const int64_t low = Spelled::padded(width);
+            const int8_t* at = query.codes + int64_t(chunk) * Form::numbers * planes * Heads;
             if constexpr (Kind == RowKind::INT9) {
                 __m512i ninths[4];
                 const int64_t from = offset + width + 2 * chunk;
                 each<4>([&](auto r) INLINE { ninths[r] = four_ninths(k[t + r] + from, k[t + 4 + r] + from, k[t + 8 + r] + from, k[t + 12 + r] + from); });
                 turn(ninths);
                 each<4>([&](auto j) INLINE {
-                    each<Heads>([&](auto h) INLINE { add_products(sums[0][h], ninths[j], at + h * query_bytes + 2 * low + 4 * j); });
+                    each<Heads>([&](auto h) INLINE { add_products(sums[0][h][j % chains], ninths[j], at + ((j * planes + 2) * Heads + h) * 4); });
                 });
             }
             each<Form::fields>([&](auto field) INLINE {
@@ -42,7 +44,7 @@ void score_rows(const uint8_t* q, int64_t query_bytes, int width, const uint8_t*
                     const __m512i four = codes.template bytes<field>(tile[j]);
                     each<Heads>([&](auto h) INLINE {
                         each<passes>([&](auto pass) INLINE {
-                            add_products(sums[pass][h], four, at + h * query_bytes + pass * low + field * 16 + 4 * j);
+                            add_products(sums[pass][h][j % chains], four, at + (((field * 4 + j) * planes + pass) * Heads + h) * 4);
                         });
                     });
                 });
@@ -50,21 +52,27 @@ void score_rows(const uint8_t* q, int64_t query_bytes, int width, const uint8_t*
         });
         const __m512 scale = _mm512_load_ps(scales + t);
         each<Heads>([&](auto h) INLINE {
-            __m512 sum = _mm512_cvtepi32_ps(sums[0][h]);
-            if constexpr (passes == 2) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[1][h]));
-            const float unit = *Spelled(q + h * query_bytes, width).scale;
+            each<passes>([&](auto pass) INLINE {
+                each<chains - 1>([&](auto chain) INLINE { sums[pass][h][0] = _mm512_add_epi32(sums[pass][h][0], sums[pass][h][chain + 1]); });
+            });
+            __m512 sum = _mm512_cvtepi32_ps(sums[0][h][0]);
+            if constexpr (passes == 2) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[1][h][0]));
+            const float unit = query.scale[h];
             _mm512_store_ps(scores + h * ATTEND_ROWS + t, _mm512_mul_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(unit))));
         });
     }
+    asked = ahead;
 }
 
 // The same for INT4: sums of a group meet its scale, and its minimum the sum of the query.
 template <int Heads>
-void score_groups(const uint8_t* q, int64_t query_bytes, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& ahead, float* scores) {
+void score_groups(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& asked, float* scores) {
     using Form = Codes<RowKind::INT4>;
     using Spelled = SpelledQuery<RowKind::INT4>;
     static_assert(Form::numbers == INT4_GROUP);
     const Form codes = Form::without_signs();
+    const Spelled query(q, width, Heads);
+    Ahead ahead = asked;
     const int groups = groups_of(width);
     alignas(64) float scalars[2 * (WIDEST_HEAD / INT4_GROUP) * ATTEND_ROWS];
     group_scalars(k, offset + code_bytes(RowKind::INT4, width), 2 * groups, scalars);
@@ -76,30 +84,31 @@ void score_groups(const uint8_t* q, int64_t query_bytes, int width, const uint8_
             row_tile<whole>(codes, k + t, offset + 16 * g, mask, tile);
             ahead.ask(4);
             each<Heads>([&](auto h) INLINE { sums[h] = _mm512_setzero_si512(); });
-            const uint8_t* at = q + 32 * g;
+            const int8_t* at = query.codes + int64_t(32) * Heads * g;
             each<4>([&](auto j) INLINE {
                 const __m512i even = codes.bytes<0>(tile[j]), odd = codes.bytes<1>(tile[j]);
                 each<Heads>([&](auto h) INLINE {
-                    add_products(sums[h], even, at + h * query_bytes + 4 * j);
-                    add_products(sums[h], odd, at + h * query_bytes + 16 + 4 * j);
+                    add_products(sums[h], even, at + (j * Heads + h) * 4);
+                    add_products(sums[h], odd, at + ((4 + j) * Heads + h) * 4);
                 });
             });
             const __m512 scale = _mm512_load_ps(scalars + g * ATTEND_ROWS + t), minimum = _mm512_load_ps(scalars + (groups + g) * ATTEND_ROWS + t);
             each<Heads>([&](auto h) INLINE {
-                const Spelled query(q + h * query_bytes, width);
-                scores_of[h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[h]), _mm512_mul_ps(scale, _mm512_set1_ps(query.scale[g])), scores_of[h]);
-                scores_of[h] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(query.sum[g]), scores_of[h]);
+                scores_of[h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[h]), _mm512_mul_ps(scale, _mm512_set1_ps(query.scale[h * groups + g])), scores_of[h]);
+                scores_of[h] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(query.sum[h * groups + g]), scores_of[h]);
             });
         });
         each<Heads>([&](auto h) INLINE { _mm512_store_ps(scores + h * ATTEND_ROWS + t, scores_of[h]); });
     }
+    asked = ahead;
 }
 
 // The same for FP8, in pairs of bfloat16.
 template <int Heads>
-void score_eighths(const uint8_t* q, int64_t query_bytes, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& ahead, float* scores) {
+void score_eighths(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& asked, float* scores) {
     using Form = Codes<RowKind::FP8>;
     const Form codes = Form::without_signs();
+    Ahead ahead = asked;
     static const EighthFloats tables;
     const EighthFloats floats = tables;
     alignas(64) float scales[ATTEND_ROWS];
@@ -114,16 +123,17 @@ void score_eighths(const uint8_t* q, int64_t query_bytes, int width, const uint8
             each<4>([&](auto j) INLINE {
                 __m512bh even, odd;
                 floats.pairs(tile[j], &even, &odd);
-                const uint8_t* at = q + 32 * chunk + 8 * j;
+                const uint8_t* at = q + (4 * chunk + j) * 8 * Heads;
                 each<Heads>([&](auto h) INLINE {
-                    add_pairs(sums[0][h], even, at + h * query_bytes);
-                    add_pairs(sums[1][h], odd, at + h * query_bytes + 4);
+                    add_pairs(sums[0][h], even, at + 8 * h);
+                    add_pairs(sums[1][h], odd, at + 8 * h + 4);
                 });
             });
         });
         const __m512 scale = _mm512_load_ps(scales + t);
         each<Heads>([&](auto h) INLINE { _mm512_store_ps(scores + h * ATTEND_ROWS + t, _mm512_mul_ps(_mm512_add_ps(sums[0][h], sums[1][h]), scale)); });
     }
+    asked = ahead;
 }
 
 // Sums of the columns that the fields of a byte hold, side by side again: field f of lane c is column fields * c + f.
@@ -145,13 +155,17 @@ inline void side_by_side(__m512* x) {
     }
 }
 
-template <int Fields>
-inline void add_columns(const __m512* sums, int column, int width, float* out) {
+template <int Fields, bool Whole>
+[[gnu::always_inline]] inline void add_columns(const __m512* sums, int left, float* out) {  // `left`: columns up to the head's end
     each<Fields>([&](auto f) INLINE {
-        const int left = width - column - 16 * f;
-        const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? __mmask16((1 << left) - 1) : 0;
-        float* at = out + column + 16 * f;
-        _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), sums[f]));
+        float* at = out + 16 * f;
+        if constexpr (Whole) {
+            _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), sums[f]));
+        } else {
+            const int here = left - 16 * f;
+            const __mmask16 mask = here >= 16 ? 0xffff : here > 0 ? __mmask16((1 << here) - 1) : 0;
+            _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), sums[f]));
+        }
     });
 }
 
@@ -181,15 +195,16 @@ struct Weights {
 
 // out[h] += sum over t of p[h][t] * v[t]
 template <RowKind Kind, int Heads>
-void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& ahead, float* out) {
+void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& asked, float* out) {
     using Form = Codes<Kind>;
     constexpr int passes = bits_of(Kind) == 8 ? 2 : 1, fields = Form::fields;
     if constexpr (Heads * passes * fields > 16) {  // registers for the sums
-        sum_rows<Kind, Heads / 2>(p, width, v, offset, count, ahead, out);
-        sum_rows<Kind, Heads - Heads / 2>(p + Heads / 2 * ATTEND_ROWS, width, v, offset, count, ahead, out + int64_t(Heads / 2) * width);
+        sum_rows<Kind, Heads / 2>(p, width, v, offset, count, asked, out);
+        sum_rows<Kind, Heads - Heads / 2>(p + Heads / 2 * ATTEND_ROWS, width, v, offset, count, asked, out + int64_t(Heads / 2) * width);
         return;
     } else {
         const Form codes = Form::with_signs();
+        Ahead ahead = asked;
         const __m512i order = column_order();
         alignas(64) float scales[ATTEND_ROWS];
         row_scales(v, offset + code_bytes(Kind, width), scales);
@@ -197,38 +212,46 @@ void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset
         const __m512 scale[2] = {_mm512_load_ps(scales), _mm512_load_ps(scales + 16)};
         for (int h = 0; h < Heads; h++)
             weights[h].set(_mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS), scale[0]), _mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16), scale[1]));
-        Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
-            __m512i sums[passes][Heads][fields];
-            each<passes>([&](auto pass) INLINE { each<Heads>([&](auto h) INLINE { each<fields>([&](auto f) INLINE { sums[pass][h][f] = _mm512_setzero_si512(); }); }); });
+        // `Pieces` from number `chunk` on, so that a weight is loaded once for all of them and sums do not wait for themselves.
+        const auto add = [&]<int Pieces, bool Whole>(int chunk, __mmask16 mask) INLINE {
+            __m512i sums[Pieces][passes][Heads][fields] = {};
             for (int t = 0; t < count; t += 4) {
-                const __m512i tile = column_tile<whole>(codes, order, v + t, offset + int64_t(chunk) * Form::step, mask);
-                ahead.ask(1);
-                if constexpr (Kind == RowKind::INT9) {
-                    const int64_t from = offset + width + 2 * chunk;
-                    const __m512i ninths = _mm512_permutexvar_epi8(order, four_ninths(v[t] + from, v[t + 1] + from, v[t + 2] + from, v[t + 3] + from));
-                    each<Heads>([&](auto h) INLINE { add_products(sums[0][h][0], broadcast(weights[h].half + t), ninths); });
-                }
-                __m512i four[fields];
-                each<fields>([&](auto f) INLINE { four[f] = codes.template bytes<f>(tile); });
+                __m512i four[Pieces][fields];
+                each<Pieces>([&](auto piece) INLINE {
+                    const __m512i tile = column_tile<Whole>(codes, order, v + t, offset + int64_t(chunk + piece) * Form::step, mask);
+                    each<fields>([&](auto f) INLINE { four[piece][f] = codes.template bytes<f>(tile); });
+                    if constexpr (Kind == RowKind::INT9) {
+                        const int64_t from = offset + width + 2 * (chunk + piece);
+                        const __m512i ninths = _mm512_permutexvar_epi8(order, four_ninths(v[t] + from, v[t + 1] + from, v[t + 2] + from, v[t + 3] + from));
+                        each<Heads>([&](auto h) INLINE { add_products(sums[piece][0][h][0], broadcast(weights[h].half + t), ninths); });
+                    }
+                });
+                ahead.ask(Pieces);
                 each<Heads>([&](auto h) INLINE {
                     each<passes>([&](auto pass) INLINE {
                         const __m512i w = broadcast(weights[h].bytes[pass] + t);
-                        each<fields>([&](auto f) INLINE { add_products(sums[pass][h][f], w, four[f]); });
+                        each<Pieces>([&](auto piece) INLINE { each<fields>([&](auto f) INLINE { add_products(sums[piece][pass][h][f], w, four[piece][f]); }); });
                     });
                 });
             }
             each<Heads>([&](auto h) INLINE {
-                __m512 numbers[fields];
                 const __m512 unit = _mm512_set1_ps(weights[h].unit / Form::levels_unit * (Kind == RowKind::INT9 ? 2.0f : 1.0f));
-                each<fields>([&](auto f) INLINE {
-                    __m512i sum = sums[0][h][f];
-                    if constexpr (passes == 2) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), sums[1][h][f]);
-                    numbers[f] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit);
+                each<Pieces>([&](auto piece) INLINE {
+                    __m512 numbers[fields];
+                    each<fields>([&](auto f) INLINE {
+                        __m512i sum = sums[piece][0][h][f];
+                        if constexpr (passes == 2) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), sums[piece][1][h][f]);
+                        numbers[f] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit);
+                    });
+                    side_by_side<fields>(numbers);
+                    const int column = (chunk + piece) * Form::numbers;
+                    add_columns<fields, Whole>(numbers, width - column, out + int64_t(h) * width + column);
                 });
-                side_by_side<fields>(numbers);
-                add_columns<fields>(numbers, chunk * Form::numbers, width, out + int64_t(h) * width);
             });
-        });
+        };
+        constexpr int together = Heads * passes * fields <= 4 ? 4 : Heads * passes * fields <= 8 ? 2 : 1;
+        Form::template pieces<together>(width, add);
+        asked = ahead;
     }
 }
 
@@ -241,64 +264,82 @@ inline __m512i words_of(const float* numbers, float largest, float top) {  // 32
 
 inline float largest_of(const float* numbers) { return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_load_ps(numbers), _mm512_load_ps(numbers + 16))); }
 
-// The same for INT4: the weight of a row is another one for each group, the product of two integers of 16 bits of which 8 are kept.
+// The same for INT4: the weight of a row is another one for each group, the product of two integers of 16 bits of which 8 are kept. What minima add is
+// the same for all columns of a group.
 template <int Heads>
-void sum_groups(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& ahead, float* out) {
+void sum_groups(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& asked, float* out) {
     using Form = Codes<RowKind::INT4>;
+    constexpr int most_groups = WIDEST_HEAD / INT4_GROUP;
     const Form codes = Form::with_signs();
+    Ahead ahead = asked;
     const __m512i order = column_order();
     const int groups = groups_of(width);
-    alignas(64) float scalars[2 * (WIDEST_HEAD / INT4_GROUP) * ATTEND_ROWS];
+    alignas(64) float scalars[2 * most_groups * ATTEND_ROWS];
     group_scalars(v, offset + code_bytes(RowKind::INT4, width), 2 * groups, scalars);
     constexpr float most = 65535.0f, of_scales = 255.0f * 256.0f;  // the upper byte of a product, rounded, is at most 255
-    __m512i weights[Heads];
+    __m512i words[Heads];
     float tops[Heads];
     for (int h = 0; h < Heads; h++) {
         tops[h] = largest_of(p + h * ATTEND_ROWS);
-        weights[h] = words_of(p + h * ATTEND_ROWS, most, tops[h]);
+        words[h] = words_of(p + h * ATTEND_ROWS, most, tops[h]);
     }
-    Form::pieces(width, [&](int g, auto whole, __mmask16 mask) INLINE {
-        const float *scales = scalars + g * ATTEND_ROWS, *minima = scalars + (groups + g) * ATTEND_ROWS;
-        const float top = largest_of(scales);
-        const __m512i words = words_of(scales, of_scales, top);
-        alignas(32) uint8_t of_group[Heads][ATTEND_ROWS];
-        __m512 shares[16];
-        for (int h = 0; h < Heads; h++) {
-            const __m512i w = _mm512_adds_epu16(_mm512_mulhi_epu16(weights[h], words), _mm512_set1_epi16(128));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(of_group[h]), _mm512_cvtepi16_epi8(_mm512_srli_epi16(w, 8)));
-            const __m512 share = _mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS), _mm512_load_ps(minima));
-            shares[h] = _mm512_fmadd_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16), _mm512_load_ps(minima + 16), share);
-        }
-        for (int h = Heads; h < 16; h++) shares[h] = _mm512_setzero_ps();
-        alignas(64) float rest[16];
-        _mm512_store_ps(rest, sums_of(shares));
-        __m512i sums[Heads][2];
-        each<Heads>([&](auto h) INLINE { sums[h][0] = sums[h][1] = _mm512_setzero_si512(); });
-        for (int t = 0; t < count; t += 4) {
-            const __m512i tile = column_tile<whole>(codes, order, v + t, offset + 16 * g, mask);
-            ahead.ask(1);
-            const __m512i even = codes.bytes<0>(tile), odd = codes.bytes<1>(tile);
+    alignas(32) uint8_t weights[most_groups][Heads][ATTEND_ROWS];
+    alignas(64) float rest[most_groups][8], units[most_groups];
+    for (int g = 0; g < groups; g++) {
+        const float *scales = scalars + g * ATTEND_ROWS, top = largest_of(scales);
+        const __m512i of_group = words_of(scales, of_scales, top);
+        units[g] = top * (65536.0f * 256.0f / (most * of_scales));
+        each<Heads>([&](auto h) INLINE {
+            const __m512i w = _mm512_adds_epu16(_mm512_mulhi_epu16(words[h], of_group), _mm512_set1_epi16(128));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(weights[g][h]), _mm512_cvtepi16_epi8(_mm512_srli_epi16(w, 8)));
+        });
+    }
+    for (int g = 0; g < groups; g += 2) {
+        __m512 shares[16] = {};
+        for (int i = 0; i < 2 && g + i < groups; i++) {
+            const float* minima = scalars + (groups + g + i) * ATTEND_ROWS;
             each<Heads>([&](auto h) INLINE {
-                const __m512i w = broadcast(of_group[h] + t);
-                add_products(sums[h][0], w, even);
-                add_products(sums[h][1], w, odd);
+                const __m512 share = _mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS), _mm512_load_ps(minima));
+                shares[8 * i + h] = _mm512_fmadd_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16), _mm512_load_ps(minima + 16), share);
             });
         }
-        each<Heads>([&](auto h) INLINE {
-            const __m512 unit = _mm512_set1_ps(tops[h] * top * (65536.0f * 256.0f / (most * of_scales))), base = _mm512_set1_ps(rest[h]);
-            __m512 numbers[2];
-            each<2>([&](auto f) INLINE { numbers[f] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[h][f]), unit, base); });
-            side_by_side<2>(numbers);
-            add_columns<2>(numbers, 32 * g, width, out + int64_t(h) * width);
+        _mm512_store_ps(rest[g], sums_of(shares));
+    }
+    const auto add = [&]<int Pieces, bool Whole>(int group, __mmask16 mask) INLINE {
+        __m512i sums[Pieces][Heads][2] = {};
+        for (int t = 0; t < count; t += 4) {
+            each<Pieces>([&](auto piece) INLINE {
+                const __m512i tile = column_tile<Whole>(codes, order, v + t, offset + 16 * (group + piece), mask);
+                const __m512i even = codes.bytes<0>(tile), odd = codes.bytes<1>(tile);
+                each<Heads>([&](auto h) INLINE {
+                    const __m512i w = broadcast(weights[group + piece][h] + t);
+                    add_products(sums[piece][h][0], w, even);
+                    add_products(sums[piece][h][1], w, odd);
+                });
+            });
+            ahead.ask(Pieces);
+        }
+        each<Pieces>([&](auto piece) INLINE {
+            const int g = group + piece;
+            each<Heads>([&](auto h) INLINE {
+                const __m512 unit = _mm512_set1_ps(tops[h] * units[g]), base = _mm512_set1_ps(rest[g][h]);
+                __m512 numbers[2];
+                each<2>([&](auto f) INLINE { numbers[f] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[piece][h][f]), unit, base); });
+                side_by_side<2>(numbers);
+                add_columns<2, Whole>(numbers, width - 32 * g, out + int64_t(h) * width + 32 * g);
+            });
         });
-    });
+    };
+    Form::pieces<(Heads <= 2 ? 4 : Heads <= 4 ? 2 : 1)>(width, add);
+    asked = ahead;
 }
 
 // The same for FP8, in pairs of bfloat16.
 template <int Heads>
-void sum_eighths(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& ahead, float* out) {
+void sum_eighths(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& asked, float* out) {
     using Form = Codes<RowKind::FP8>;
     const Form codes = Form::with_signs();
+    Ahead ahead = asked;
     static const EighthFloats tables;
     const EighthFloats floats = tables;
     const __m512i order = column_order();
@@ -324,12 +365,13 @@ void sum_eighths(const float* p, int width, const uint8_t* const* v, int64_t off
         }
         each<Heads>([&](auto h) INLINE {
             const __m512 sum = _mm512_add_ps(sums[0][h], sums[1][h]);
-            add_columns<1>(&sum, 16 * chunk, width, out + int64_t(h) * width);
+            add_columns<1, whole>(&sum, width - 16 * chunk, out + int64_t(h) * width + 16 * chunk);
         });
     });
+    asked = ahead;
 }
 
-using ScoreRows = void (*)(const uint8_t* q, int64_t query_bytes, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& ahead, float* scores);
+using ScoreRows = void (*)(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& ahead, float* scores);
 using SumRows = void (*)(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& ahead, float* out);
 
 // The functions for 1 ... HEADS_TOGETHER heads.
@@ -385,4 +427,10 @@ inline SumRows sum_codes(RowKind kind, int heads) {
         case RowKind::LEVELS2: return sum_of<RowKind::LEVELS2>(heads, UpToEight());
         default: return sum_of<RowKind::INT8>(heads, UpToEight());
     }
+}
+
+// How often `score_codes` and `sum_codes` each ask for rows ahead, for a slice of heads.
+inline int codes_asks(RowKind kind, int width) {
+    const int numbers = 16 * (kind == RowKind::LEVELS3 ? 1 : 8 / bits_of(kind));  // of a piece
+    return (width + numbers - 1) / numbers * (ATTEND_ROWS / 4);
 }

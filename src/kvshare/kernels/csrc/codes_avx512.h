@@ -24,12 +24,20 @@ struct Codes {
     static constexpr bool has_levels = Kind == RowKind::LEVELS4 || Kind == RowKind::LEVELS3 || Kind == RowKind::LEVELS2;
     static constexpr float levels_unit = has_levels ? 127.0f / level(Kind, (1 << bits) - 1) : 1.0f;  // levels are this many times smaller than their bytes
 
+    // work<Together, true>(chunk, mask) for so many whole pieces at a time, work<1, ...> for the rest.
+    template <int Together, typename Work>
+    [[gnu::always_inline]] static void pieces(int width, Work&& work) {
+        const int whole = step == 16 ? width / numbers / Together * Together : 0;
+        for (int chunk = 0; chunk < whole; chunk += Together) work.template operator()<Together, true>(chunk, 0xffff);
+        pieces(width, [&](int chunk, auto is_whole, __mmask16 mask) __attribute__((always_inline)) { work.template operator()<1, is_whole>(chunk, mask); }, whole);
+    }
+
     // work(chunk, whole, mask) for each piece of a head of `width` numbers; the mask of one that is not whole tells which bytes are there.
     template <typename Work>
-    [[gnu::always_inline]] static void pieces(int width, Work&& work) {
+    [[gnu::always_inline]] static void pieces(int width, Work&& work, int from = 0) {
         const int whole = step == 16 ? width / numbers : 0, all = (width + numbers - 1) / numbers;
-        for (int chunk = 0; chunk < whole; chunk++) work(chunk, std::true_type(), __mmask16(0xffff));
-        for (int chunk = whole; chunk < all; chunk++) {
+        for (int chunk = from; chunk < whole; chunk++) work(chunk, std::true_type(), __mmask16(0xffff));
+        for (int chunk = whole > from ? whole : from; chunk < all; chunk++) {
             const int64_t left = (int64_t(width) * bits + 7) / 8 - int64_t(chunk) * step;
             work(chunk, std::false_type(), __mmask16((1 << (left < step ? left : step)) - 1));
         }
@@ -148,9 +156,15 @@ struct EighthFloats {
 
 // The float16 scales behind the codes of 32 heads.
 inline void row_scales(const uint8_t* const* rows, int64_t offset, float* to) {
-    alignas(64) uint16_t halves[ATTEND_ROWS];
-    for (int t = 0; t < ATTEND_ROWS; t++) memcpy(halves + t, rows[t] + offset, 2);
-    for (int t = 0; t < ATTEND_ROWS; t += 16) _mm512_storeu_ps(to + t, _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves + t))));
+    for (int t = 0; t < ATTEND_ROWS; t += 8) {  // loaded into a register word by word: stored ones could not be read back at once as a whole
+        __m128i halves = _mm_setzero_si128();
+        each<8>([&](auto i) __attribute__((always_inline)) {
+            uint16_t half;
+            memcpy(&half, rows[t + i] + offset, 2);
+            halves = _mm_insert_epi16(halves, half, i);
+        });
+        _mm256_storeu_ps(to + t, _mm256_cvtph_ps(halves));
+    }
 }
 
 // to[i * ATTEND_ROWS + t]: float16 number i < count of row t.

@@ -56,7 +56,7 @@ constexpr int64_t ATTEND_ROWS = 32;  // rows of the cache that one call attends 
 
 // The queries of one sequence and what has been summed up for them so far.
 struct AttendState {
-    const uint8_t* q;  // [kv_heads * group, query_bytes] as `spell` wrote them for `keys`
+    const uint8_t* q;  // [kv_heads, group * query_bytes] as `spell` wrote them for `keys`
     float* maximum;  // [kv_heads * group] of the scores
     float* weight;   // [kv_heads * group] sum of exp(score - maximum)
     float* out;      // [kv_heads * group, value_width] sum of exp(score - maximum) * value
@@ -66,11 +66,17 @@ struct AttendState {
     float scale, softcap;  // softcap 0: none
 };
 
-// Addresses of up to ATTEND_ROWS rows [kv_heads, width]; entries behind `count` repeat the last row. `next_*` will be asked for after these.
+// Bytes that lie behind one another: rows of one page.
+struct Run {
+    const uint8_t *at, *end;
+};
+
+// Addresses [ATTEND_ROWS] of up to ATTEND_ROWS rows [kv_heads, width]; entries behind `count` repeat the last row.
 struct AttendRows {
-    const uint8_t *k[ATTEND_ROWS], *v[ATTEND_ROWS];
-    const uint8_t *next_k[ATTEND_ROWS], *next_v[ATTEND_ROWS];
+    const uint8_t *const *k, *const *v;
     int count;
+    Run ahead[2 * ATTEND_ROWS];  // what will be read after the keys, or after these rows: to be asked for meanwhile
+    int runs;
 };
 
 // Bytes that one head of a query may take, whatever the keys: four a number, padded to whole pieces, and scalars for each group.
@@ -91,8 +97,9 @@ struct Isa {
     void (*decode_heads)(RowKind kind, int width, const uint8_t* const* heads, int count, void* to, int64_t stride, bool bf16);
     // One head, rotated and balanced already, as the bytes of a row; kinds with levels are given it divided by `unit`, its largest number.
     void (*encode_head)(RowKind kind, int width, const float* x, float unit, uint8_t* to);
-    // One head of a query as this set wants it for keys of some kind: to[query_bytes(width)], which begins at a multiple of 64.
-    void (*spell)(RowKind keys, int width, const float* q, uint8_t* to);
+    // Head number `head` of the `group` that share a KV head as this set wants them for keys of some kind: to[group * query_bytes(width)], at a
+    // multiple of 64, holds all of the group and is this head's only in part.
+    void (*spell)(RowKind keys, int width, int group, int head, const float* q, uint8_t* to);
     void (*attend)(const AttendRows& rows, const AttendState& state);
     TileKernel tile;
     // scores[i] of TILE_ROWS rows of bfloat16: the sum over an indexer's heads of weight * max(0, q . row).

@@ -13,6 +13,7 @@ static constexpr int64_t MOST_PARTS = 64;  // of one sequence
 static constexpr int64_t LEAST_ROWS = 128;  // of a part
 static constexpr int WIDEST = 2048;  // numbers of a head
 static constexpr int64_t SINGLE_THREAD_BYTES = 64 << 10;
+static constexpr int64_t NEAR_BYTES = 16 << 10;
 
 static int64_t rows_of_part(int64_t rows) {
     const int64_t even = (rows + MOST_PARTS - 1) / MOST_PARTS;
@@ -27,45 +28,59 @@ static float number(const void* numbers, bool bf16, int64_t i) {
     return f;
 }
 
-void PagedAttention::find_rows(const StreamShape& stream, const int32_t* pages, int64_t first_page, int64_t from, int64_t end, const uint8_t** rows) const {
+// Where up to ATTEND_ROWS rows of one stream are, one by one and page by page.
+struct PagedAttention::Places {
+    const uint8_t* rows[ATTEND_ROWS];
+    Run runs[ATTEND_ROWS];
+    int count = 0;  // of runs
+};
+
+void PagedAttention::find(const StreamShape& stream, const int32_t* pages, int64_t first_page, int64_t from, int64_t end, Places* places) const {
+    const int64_t count = std::min(ATTEND_ROWS, end - from);
     int64_t page = from / stream.rows_per_page, place = from % stream.rows_per_page;
-    const uint8_t* at = arena_ + pages[page - first_page] * page_bytes_ + place * stream.row_bytes;
-    for (int64_t i = 0; i < ATTEND_ROWS; i++) {
-        rows[i] = at;
-        if (from + i + 1 >= end) continue;  // beyond the end: the last row again
-        if (++place < stream.rows_per_page) {
-            at += stream.row_bytes;
-        } else {
-            place = 0;
-            at = arena_ + pages[++page - first_page] * page_bytes_;
-        }
+    places->count = 0;
+    for (int64_t done = 0; done < count; page++, place = 0) {
+        const int64_t here = std::min(count - done, stream.rows_per_page - place);
+        const uint8_t* at = arena_ + pages[page - first_page] * page_bytes_ + place * stream.row_bytes;
+        places->runs[places->count++] = {at, at + here * stream.row_bytes};
+        for (int64_t i = 0; i < here; i++) places->rows[done + i] = at + i * stream.row_bytes;
+        done += here;
     }
+    for (int64_t i = std::max(count, int64_t(0)); i < ATTEND_ROWS; i++) places->rows[i] = places->rows[i ? i - 1 : 0];
 }
 
+// While rows are worked on, those that come next are asked for, far enough ahead for them to arrive and near enough for the first cache to keep them:
+// with one KV head that is much, these rows' values and the next ones' keys; otherwise the next keys and values.
 void PagedAttention::attend_rows(const Isa& isa, const Query& query, int64_t begin, int64_t end, const AttendState& state) const {
+    Places k[2], v[2];
+    const StreamShape &key_shape = kinds_[size_t(query.kind)].k, &value_shape = kinds_[size_t(query.kind)].v;
+    find(key_shape, query.k_pages, query.k_first_page, begin, end, k);
+    find(value_shape, query.v_pages, query.v_first_page, begin, end, v);
+    const bool near = kv_heads_ == 1 && ATTEND_ROWS * (key_shape.row_bytes + value_shape.row_bytes) >= NEAR_BYTES;
     AttendRows rows;
-    const StreamShape &k = kinds_[size_t(query.kind)].k, &v = kinds_[size_t(query.kind)].v;
-    const auto find = [&](int64_t from) {
-        find_rows(k, query.k_pages, query.k_first_page, from, end, rows.next_k);
-        find_rows(v, query.v_pages, query.v_first_page, from, end, rows.next_v);
-    };
-    find(begin);
-    for (int64_t from = begin; from < end; from += ATTEND_ROWS) {
-        memcpy(rows.k, rows.next_k, sizeof rows.k);
-        memcpy(rows.v, rows.next_v, sizeof rows.v);
-        if (from + ATTEND_ROWS < end) find(from + ATTEND_ROWS);
+    int now = 0;
+    for (int64_t from = begin; from < end; from += ATTEND_ROWS, now ^= 1) {
+        const int next = now ^ 1;
+        find(key_shape, query.k_pages, query.k_first_page, from + ATTEND_ROWS, end, k + next);
+        find(value_shape, query.v_pages, query.v_first_page, from + ATTEND_ROWS, end, v + next);
+        rows.k = k[now].rows;
+        rows.v = v[now].rows;
         rows.count = int(std::min(ATTEND_ROWS, end - from));
+        const Places &first = near ? v[now] : k[next], &second = near ? k[next] : v[next];
+        std::copy(second.runs, second.runs + second.count, std::copy(first.runs, first.runs + first.count, rows.ahead));
+        rows.runs = first.count + second.count;
         isa.attend(rows, state);
     }
 }
 
-void PagedAttention::spell(const Isa& isa, const StreamShape& keys, const void* q, int64_t head, int64_t kv_head, uint8_t* to) const {
+void PagedAttention::spell(const Isa& isa, const StreamShape& keys, const void* q, int64_t row, int query_heads, int head, uint8_t* to) const {
+    const int group = query_heads / kv_heads_, kv_head = head / group;
     float numbers[WIDEST];
-    for (int i = 0; i < keys.width; i++) numbers[i] = number(q, bf16_, head * keys.width + i);
+    for (int i = 0; i < keys.width; i++) numbers[i] = number(q, bf16_, (row * query_heads + head) * keys.width + i);
     if (!keys.balance.empty())
         for (int i = 0; i < keys.width; i++) numbers[i] *= keys.balance[size_t(kv_head * keys.width + i)];
     if (keys.rotation) keys.rotation->apply(numbers);  // keys stay as they are: rotating both keeps their products
-    isa.spell(keys.kind, keys.width, numbers, to);
+    isa.spell(keys.kind, keys.width, group, head % group, numbers, to + kv_head * group * query_bytes(keys.width));
 }
 
 void PagedAttention::finish(float* numbers, float factor, void* out, int64_t head) const {
@@ -135,9 +150,9 @@ void PagedAttention::attend(
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < heads; i++) {
-            const int64_t head = i % query_heads;
-            const Query& query = queries[size_t(i / query_heads)];
-            spell(isa, kinds_[size_t(query.kind)].k, q, query.row * query_heads + head, head / (query_heads / kv_heads_), spelled + i * head_bytes);
+            const int64_t s = i / query_heads;
+            const Query& query = queries[size_t(s)];
+            spell(isa, kinds_[size_t(query.kind)].k, q, query.row, query_heads, int(i % query_heads), spelled + s * query_heads * head_bytes);
         }
         for (int64_t i = next++; i < int64_t(parts.size()); i = next++) {
             const Part& part = parts[size_t(i)];

@@ -51,8 +51,9 @@ class PagedAttention {
 
   private:
     void attend_rows(const Isa& isa, const Query& query, int64_t begin, int64_t end, const AttendState& state) const;
-    void find_rows(const StreamShape& stream, const int32_t* pages, int64_t first_page, int64_t from, int64_t end, const uint8_t** rows) const;
-    void spell(const Isa& isa, const StreamShape& keys, const void* q, int64_t head, int64_t kv_head, uint8_t* to) const;  // head: of all rows of q
+    struct Places;
+    void find(const StreamShape& stream, const int32_t* pages, int64_t first_page, int64_t from, int64_t end, Places* places) const;
+    void spell(const Isa& isa, const StreamShape& keys, const void* q, int64_t row, int query_heads, int head, uint8_t* to) const;
     void finish(float* numbers, float factor, void* out, int64_t head) const;   // numbers [value width] are changed
 
     const uint8_t* arena_;
