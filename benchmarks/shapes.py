@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,8 +72,11 @@ def _write_tokenizer(directory: Path, size: int) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **roles}))
 
 
-def unpacked(gguf: Path, where: Path) -> Path:
-    """A GGUF file's weights, dequantized to bf16, as a Hugging Face directory: what peers load that do not read the file."""
+def unpacked(gguf: Path, where: Path, change: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight) -> Path:
+    """A GGUF file's weights, dequantized to bf16, as a Hugging Face directory: what peers load that do not read the file.
+
+    `change` is done to the matrices of linear layers first. The tokenizer is as large as the model's, and not the model's.
+    """
     from kvshare.checkpoints import open_checkpoint
 
     directory = where / gguf.stem
@@ -81,7 +85,10 @@ def unpacked(gguf: Path, where: Path) -> Path:
 
         source = open_checkpoint(gguf)
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: source.get(name).bfloat16().contiguous() for name in source.names()}
+        tensors = {name: source.get(name) for name in source.names()}
+        tensors = {
+            name: (change(each) if name.endswith("_proj.weight") else each).bfloat16().contiguous() for name, each in tensors.items()
+        }
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         family = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[source.config["model_type"]]
         config = {**source.config, "architectures": [family], "dtype": "bfloat16"}

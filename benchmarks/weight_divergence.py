@@ -1,13 +1,16 @@
 """What quantizing the weights does to a model's predictions: KL from the plain weights, in nats a token, on text that you name.
 
-    python -m benchmarks.weight_divergence MODEL --text FILE [--tokens 1024] [--window 512]
+    python -m benchmarks.weight_divergence MODEL --text FILE [--tokens 1024] [--window 512] [--dither]
 
-Both are computed in float32, the cache is not rounded: only the weights differ.
+Both are computed in float32, the cache is not rounded: only the weights differ. Weights out of a file of 4-bit blocks lie on a grid, and
+another grid of blocks fits them better than it would fit a model's own. `--dither` moves each weight of a linear layer by a random part of its
+step first, half a step at the most. Such figures compare ways of quantizing; they are no model's.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +18,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.shapes import unpacked
 from kvshare import LLM
 from kvshare.cache.step import DenseStep
+from kvshare.checkpoints import open_checkpoint
+from kvshare.checkpoints.resolve import locate
 from kvshare.doctor.comparison import compare
 from kvshare.evaluation.perplexity import text_windows
+
+GROUP = 32  # numbers that share a step, in every format of blocks
 
 
 @torch.inference_mode()
@@ -27,22 +35,39 @@ def hidden(llm: LLM, windows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     return [llm.model(torch.tensor(list(ids)), DenseStep(llm.layout, [len(ids)])) for ids in windows]
 
 
+def dithered(weight: torch.Tensor) -> torch.Tensor:  # [out_features, in_features]
+    """Numbers off the grid that each 32 of a row lie on, whose step is the least distance of two of them."""
+    groups = weight.float().unflatten(-1, (-1, GROUP))
+    gaps = groups.sort(-1).values.diff(dim=-1)
+    steps = gaps.masked_fill(gaps <= 1e-3 * gaps.amax(-1, keepdim=True), torch.inf).amin(-1, keepdim=True)
+    noise = torch.rand(groups.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+    return (groups + noise * steps.nan_to_num(posinf=0.0)).flatten(-2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a directory, a GGUF file, or the name of weights in an installed package")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--dither", action="store_true", help="take the weights of a GGUF file off its grid first")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as where:
+        model = str(unpacked(locate(options.model), Path(where), dithered)) if options.dither else options.model
+        measure(model, options)
 
-    plain = LLM(options.model, dtype="float32", max_context=options.window, max_sequences=1)
-    windows = text_windows(plain.tokenizer, options.text.read_text(encoding="utf-8"), options.window)[: options.tokens // options.window]
+
+def measure(model: str, options: argparse.Namespace) -> None:
+    """Print the divergence of `model`, tokens as `options.model` reads the text."""
+    plain = LLM(model, dtype="float32", max_context=options.window, max_sequences=1)
+    tokenizer = open_checkpoint(options.model).tokenizer()
+    windows = text_windows(tokenizer, options.text.read_text(encoding="utf-8"), options.window)[: options.tokens // options.window]
     expected = hidden(plain, windows)
     table = Table(title=f"{options.model}: {sum(map(len, windows)):,} tokens of {options.text.name}")
     for column in ("weights", "KL", "same top token"):
         table.add_column(column, justify="right")
     for precision in ("int8", "int4"):
-        llm = LLM(options.model, dtype="float32", weights=precision, weight_cache=False, max_context=options.window, max_sequences=1)
+        llm = LLM(model, dtype="float32", weights=precision, weight_cache=False, max_context=options.window, max_sequences=1)
         found = compare(plain.model.logits, torch.cat(expected), torch.cat(hidden(llm, windows)), llm.model.logits)
         table.add_row(precision, f"{found.divergence / found.rows:.2g}", f"{1 - found.other_tokens / found.rows:.3f}")
     Console().print(table)
