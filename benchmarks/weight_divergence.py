@@ -5,7 +5,7 @@
 Both are computed in float32, the cache is not rounded: only the weights differ.
 
 Weights out of a file of 4-bit blocks lie on a grid, and another grid of blocks fits them better than it would fit a model's own. `--dither`
-moves each weight of a linear layer by a random part of its step first, half a step at the most. Such figures compare ways of quantizing; they
+moves each weight of a linear layer by a random part of its step first, half a step at the most. Such figures compare ways of quantizing and
 are no model's.
 """
 
