@@ -18,7 +18,7 @@ GROUP = 32  # activations that share a scale
 LARGEST_Q = 127 * 256 + 127  # of two signed bytes
 SMALLEST = 1e-30  # a group of smaller activations counts as zeros
 ROWS_IN_BLOCKS = 48  # up to so many rows are multiplied with the blocks themselves; more pay for decoding them
-PANEL_BYTES = 8 << 20  # of decoded weights: small enough for the third-level cache; for each panel the product orders the activations anew
+PANEL_BYTES = 16 << 20  # of decoded weights: half of a third-level cache; for each panel the product orders the activations anew
 
 BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 """The formats, as `PackedBlocks.type` names them, that the kernels multiply."""
