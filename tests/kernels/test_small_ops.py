@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from kernels.twins import DTYPES, WIDTHS, Both, assert_equal, random
 from torch import Tensor
 
 from kvshare import kernels
@@ -17,41 +17,6 @@ from kvshare.layers.rotary import Frequencies, Rotation
 from kvshare.models.gemma_base import capped
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
-
-DTYPES = [torch.float32, torch.bfloat16]
-WIDTHS = [2, 7, 64, 250, 576, 2049]
-BOUNDS = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7}  # of the numbers that went in; bfloat16: a unit in the last place
-
-
-def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return (2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))).to(dtype)
-
-
-Both = Callable[..., tuple[Tensor, Tensor]]
-
-
-@pytest.fixture
-def both(monkeypatch: pytest.MonkeyPatch) -> Both:
-    """`both(run, x, ...)` is what the kernels make of `run(x, ...)`, and what the layers' plain torch does."""
-
-    @torch.no_grad()
-    def run_both(run: Callable[..., Tensor], x: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-        assert small_ops.takes(x), "the kernels do not even take this"
-        native = run(x, *others)
-        with monkeypatch.context() as patch:
-            patch.setattr(small_ops, "available", lambda: False)
-            return native, run(x, *others)
-
-    return run_both
-
-
-def assert_equal(native: Tensor, twin: Tensor, size: Tensor | float = 0.0) -> None:
-    """Within the bound of the result, or of `size` where that is more; in bfloat16 nearly everywhere the very same."""
-    assert (native.dtype, native.shape) == (twin.dtype, twin.shape)
-    bound = BOUNDS[twin.dtype] * torch.maximum(twin.double().abs(), torch.as_tensor(size, dtype=torch.float64))
-    assert ((native.double() - twin.double()).abs() <= bound).all()
-    if twin.dtype == torch.bfloat16:  # behind 1 - tanh(large) torch's own numbers are noise
-        assert ((native != twin) & (twin.abs() > 0.01)).sum() <= 1 + 0.01 * twin.numel()
 
 
 def norm_of(width: int, dtype: torch.dtype, offset: float, weighted: bool = True) -> RMSNorm:
@@ -140,7 +105,7 @@ def test_a_rotation_of_other_rows_or_types_is_left_to_torch() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", [swiglu, geglu])
+@pytest.mark.parametrize("activation", [swiglu, geglu, GatedActivation(limit=1.5)])
 def test_gated_activations(activation: GatedActivation, dtype: torch.dtype, isa: str, both: Both) -> None:
     for width in WIDTHS:
         for rows in (0, 1, 3):
@@ -151,6 +116,33 @@ def test_gated_activations(activation: GatedActivation, dtype: torch.dtype, isa:
     far = torch.tensor([[-1e4, -100.0, -90.0, -20.0, 20.0, 90.0, 100.0, 1e4, float("nan")]]).to(dtype)
     native, twin = both(activation, far, torch.ones_like(far))
     torch.testing.assert_close(native, twin, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("deviations", [-0.4, 1.6])
+def test_sparse_gates(deviations: float, dtype: torch.dtype, isa: str, both: Both) -> None:
+    activation = GatedActivation(gelu=True, deviations=deviations)
+    for width in WIDTHS[1:]:
+        gate, up = random(3, width, dtype=dtype) + 1.25, random(3, width, dtype=dtype, seed=1)
+        native, twin = both(activation, gate, up)
+        unit = (2.0**-7 if dtype == torch.bfloat16 else 2.0**-18) * (
+            1 + gate.float().abs().amax()
+        )  # what all of a row's gates may be off by
+        assert ((native.float() - twin.float()).abs() <= 1.2 * unit * up.float().abs()).all()
+        assert torch.equal((native == 0).all(), torch.tensor(False))
+        assert ((native == 0) != (twin == 0)).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softplus_gates(dtype: torch.dtype, isa: str) -> None:
+    x = random(3, 4, 10, dtype=dtype)
+    with torch.no_grad():
+        for gate in (8 * random(3, 4, dtype=dtype), 8 * random(3, 40, dtype=dtype)):
+            by_number = torch.nn.functional.softplus(gate.float()).to(dtype).view(3, 4, -1)
+            assert_equal(small_ops.softplus_gate(x, gate), x * by_number)
+            assert_equal(small_ops.softplus_gate(x.transpose(0, 1).contiguous().transpose(0, 1), gate), x * by_number)
+        with pytest.raises(ValueError, match="do not fit heads"):
+            small_ops.softplus_gate(x, gate[:, :5])
 
 
 def test_soft_cap(isa: str, both: Both) -> None:

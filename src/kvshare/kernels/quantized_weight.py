@@ -48,12 +48,12 @@ class QuantizedWeight:
             ):
                 raise ValueError(f"a part {tuple(part.shape)} of {name} in {data.dtype} does not fit rows of {self.in_features}")
             segments.append((data.data_ptr(), part.shape[0], native.BlockType[name], isinstance(part, InterleavedBlocks)))
-        self._native = native.QuantizedWeight(segments, self.in_features)
-        self.out_features: int = self._native.out_features
+        self.native = native.QuantizedWeight(segments, self.in_features)
+        self.out_features: int = self.native.out_features
 
     @property
     def nbytes(self) -> int:
-        return self._native.bytes
+        return self.native.bytes
 
     def matmul(
         self, x: Tensor, start: int = 0, end: int | None = None, out: Tensor | None = None, dtype: torch.dtype | None = None
@@ -78,13 +78,13 @@ class QuantizedWeight:
         if rows > ROWS_IN_BLOCKS:
             self._multiply_decoded(x.view(rows, -1), start, end, out.view(rows, -1))
         else:
-            self._native.multiply(x.data_ptr(), bf16, out.data_ptr(), out.dtype == torch.bfloat16, rows, start, end)
+            self.native.multiply(x.data_ptr(), bf16, out.data_ptr(), out.dtype == torch.bfloat16, rows, start, end)
         return out
 
     def decode(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Rows `start:end` as float32 or bfloat16: [end - start, in_features]."""
         rows = torch.empty(end - start, self.in_features, dtype=dtype)
-        self._native.decode(start, end, rows.data_ptr(), dtype == torch.bfloat16)
+        self.native.decode(start, end, rows.data_ptr(), dtype == torch.bfloat16)
         return rows
 
     def _multiply_decoded(self, x: Tensor, start: int, end: int, out: Tensor) -> None:  # [rows, in_features], [rows, end - start]
@@ -92,7 +92,7 @@ class QuantizedWeight:
         panel = _PANEL.room(step, self.in_features, x.dtype)
         for low in range(start, end, step):
             rows, columns = panel[: end - low], out[:, low - start : low - start + step]
-            self._native.decode(low, low + len(rows), rows.data_ptr(), x.dtype == torch.bfloat16)
+            self.native.decode(low, low + len(rows), rows.data_ptr(), x.dtype == torch.bfloat16)
             if out.dtype == x.dtype and not x.requires_grad:
                 torch.mm(x, rows.T, out=columns)
             else:

@@ -100,12 +100,27 @@ def takes_gates(gate: Tensor, up: Tensor) -> bool:
     return takes(gate) and gate.dim() == 2 and gate.dtype == up.dtype and gate.shape == up.shape and up.stride(-1) == 1
 
 
-def gated(gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:  # [rows, width] each
-    """activation(gate) * up, with GELU in its tanh form or SiLU."""
+Activation = tuple[bool, float, float]
+"""Whether GELU (SiLU otherwise), the limit and the deviations of a `kvshare.layers.activations.GatedActivation`."""
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:  # [rows, width] each
+    """activation(gate) * up. Where gates lose their mean, that may be a unit in the last place off, as it is a sum in another order."""
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     addresses = gate.data_ptr(), up.data_ptr(), out.data_ptr()
     rows, width = gate.shape
-    module().gate(*addresses, gate.dtype == torch.bfloat16, rows, gate.stride(0), up.stride(0), width, gelu)
+    module().gate(*addresses, gate.dtype == torch.bfloat16, rows, gate.stride(0), up.stride(0), width, activation)
+    return out
+
+
+def softplus_gate(x: Tensor, gate: Tensor) -> Tensor:  # [tokens, heads, width], [tokens, heads] or [tokens, heads * width]
+    """x * softplus(gate): a gate a head, or one for each of its numbers."""
+    x, gate = x.contiguous(), gate.contiguous()
+    tokens, heads, width = x.shape
+    out, per_head = torch.empty_like(x), gate.shape[1] == heads
+    if gate.dtype != x.dtype or gate.numel() * (width if per_head else 1) != x.numel():
+        raise ValueError(f"{gate.dtype} gates {list(gate.shape)} do not fit heads {list(x.shape)} in {x.dtype}")
+    module().softplus_gate(x.data_ptr(), gate.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, tokens, heads, width, per_head)
     return out
 
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvshare.checkpoints.weights import Source
+from kvshare.kernels import experts as few_experts
 from kvshare.layers.activations import GatedActivation
+from kvshare.layers.few_rows import FewRowsProduct
 
 
 class Experts(nn.Module):
@@ -23,13 +25,28 @@ class Experts(nn.Module):
         self.num_experts, self.activation = num_experts, activation
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate, hidden))  # [experts, 2 * intermediate, hidden], gate first
         self.down = nn.Parameter(torch.empty(num_experts, hidden, intermediate))  # [experts, hidden, intermediate]
+        self._few_gate_up, self._few_down = FewRowsProduct(), FewRowsProduct()
 
     def forward(
         self,
         x: Tensor,  # [tokens, hidden]
         chosen: Tensor,  # [tokens, k] int64; `num_experts` stands for no expert at all, which adds nothing
         weights: Tensor,  # [tokens, k], on the experts' outputs
+        *,
+        scale: float = 1.0,
+        beside: Tensor | None = None,  # [tokens, hidden]
     ) -> Tensor:  # [tokens, hidden]
+        """The weighted sum of each token's experts, times `scale`, plus what a layer beside them says."""
+        gate_up = self._few_gate_up.of(self.gate_up.flatten(0, 1), x)
+        down = self._few_down.of(self.down.flatten(0, 1), x)
+        if gate_up is not None and down is not None and few_experts.takes(x):
+            return few_experts.run(gate_up, down, x, chosen, weights, self.num_experts, self.activation.spelled(), scale, beside)
+        routed = self._sum(x, chosen, weights)
+        if scale != 1.0:
+            routed = routed * scale
+        return routed if beside is None else routed + beside
+
+    def _sum(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         tokens, k = chosen.shape
         if not tokens:
             return x

@@ -197,7 +197,7 @@ class Moe(nn.Module):
         self.shared = GatedMlp(config.hidden_size, config.shared_width, swiglu)
 
     def forward(self, x: Tensor) -> Tensor:  # [tokens, hidden]
-        return self.experts(x, *self.router(x)) + self.shared(x)
+        return self.experts(x, *self.router(x), beside=self.shared(x))
 
 
 class Block(nn.Module):

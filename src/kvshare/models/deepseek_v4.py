@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +26,8 @@ from kvshare.cache.codecs.deepseek import BlockFloatCodec, hadamard
 from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
+from kvshare.kernels import routing
+from kvshare.layers.activations import GatedActivation
 from kvshare.layers.compressor import Blocks, Compressor
 from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts, stacked
@@ -215,8 +216,12 @@ class Router(nn.Module):
         self.register_buffer("table", table)
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:  # [tokens, hidden], [tokens] -> 2 x [tokens, experts a token]
-        scores = F.softplus(self.scores(x).to(torch.promote_types(x.dtype, torch.float32))).sqrt()  # [tokens, experts]
-        chosen = self.table[ids] if self.bias is None else (scores + self.bias).topk(self.experts_per_token, dim=-1).indices
+        scores, k = self.scores(x), self.experts_per_token  # [tokens, experts]
+        if routing.takes(scores) and ids.is_contiguous():
+            lookup = (self.table, ids) if self.bias is None else None
+            return routing.route(scores, k, "sqrt_softplus", x.dtype, bias=self.bias, lookup=lookup, tiny=1e-20, scale=self.scale)
+        scores = F.softplus(scores.to(torch.promote_types(x.dtype, torch.float32))).sqrt()
+        chosen = self.table[ids] if self.bias is None else (scores + self.bias).topk(k, dim=-1).indices
         weights = scores.gather(1, chosen)
         return chosen, (weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scale).to(x.dtype)
 
@@ -224,17 +229,13 @@ class Router(nn.Module):
 class Moe(nn.Module):
     def __init__(self, config: DeepseekV4Config, index: int):
         super().__init__()
-        activation = partial(clamped_swiglu, limit=config.swiglu_limit)
+        activation = GatedActivation(limit=config.swiglu_limit)
         self.router = Router(config, config.hashed[index])
         self.experts = Experts(config.num_experts, config.hidden_size, config.expert_width, activation)
         self.shared = GatedMlp(config.hidden_size, config.shared_width, activation)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:  # [tokens, hidden], [tokens]
-        return self.experts(x, *self.router(x, ids)) + self.shared(x)
-
-
-def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+        return self.experts(x, *self.router(x, ids), beside=self.shared(x))
 
 
 class Block(nn.Module):

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
@@ -109,16 +107,9 @@ class Laurel(nn.Module):
         return add_normed(x, self.right(self.left(x)), self.out_norm)
 
 
-def sparse_geglu(gate: Tensor, up: Tensor, deviations: float) -> Tensor:  # [tokens, intermediate]
-    """GEGLU of what stands out: gates less than `deviations` above their token's mean are cut to 0, the others count from there."""
-    deviation, mean = torch.std_mean(gate, dim=-1, keepdim=True, correction=0)
-    factor = torch.tensor(deviations, dtype=gate.dtype)  # rounded as in training
-    return geglu(F.relu(gate - (mean + deviation * factor)), up)
-
-
 def activation_for(sparsity: float) -> GatedActivation:
     """Where gates are normally distributed, the cut lies at their quantile `sparsity`."""
-    return partial(sparse_geglu, deviations=NormalDist().inv_cdf(sparsity)) if sparsity > 0 else geglu
+    return GatedActivation(gelu=True, deviations=NormalDist().inv_cdf(sparsity)) if sparsity > 0 else geglu
 
 
 class PerLayerGate(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvshare.cache.step import KeyRebuild, Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
+from kvshare.kernels import routing
 from kvshare.layers.activations import geglu
 from kvshare.layers.experts import Experts
 from kvshare.layers.gated_mlp import GatedMlp
@@ -81,6 +82,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [tokens, hidden] -> chosen, weights [tokens, k]
         scores = self.scores(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
+        if routing.takes(scores):
+            return routing.route(scores, self.experts_per_token, "softmax", torch.float32, expert_scale=self.expert_scale)
         weights, chosen = scores.softmax(dim=-1, dtype=torch.float32).topk(self.experts_per_token, dim=-1)
         return chosen, weights / weights.sum(dim=-1, keepdim=True) * self.expert_scale[chosen]
 

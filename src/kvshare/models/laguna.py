@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
+from kvshare.kernels import routing, small_ops
 from kvshare.layers.activations import swiglu
 from kvshare.layers.experts import Experts, expert_sources
 from kvshare.layers.gated_mlp import GatedMlp
@@ -131,7 +132,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation, step: Step) -> Tensor:  # [tokens, hidden]
         q = self.qkv.part(x, 0, self.q_size).unflatten(-1, (self.num_heads, self.head_dim))
         out = step.attend(self.index, rotation.half_split(q, self.q_norm), scale=self.head_dim**-0.5)  # [tokens, heads, head_dim]
-        gate = F.softplus(self.gate(x).float()).to(out.dtype)  # [tokens, heads] or [tokens, heads * head_dim]
+        gate = self.gate(x)  # [tokens, heads] or [tokens, heads * head_dim]
+        if small_ops.takes(out) and gate.dtype == out.dtype:
+            return self.output(small_ops.softplus_gate(out, gate).flatten(1))
+        gate = F.softplus(gate.float()).to(out.dtype)
         gate = gate[..., None] if self.gate_per_head else gate.view_as(out)
         return self.output((out * gate).flatten(1))
 
@@ -146,7 +150,11 @@ class Router(nn.Module):
         self.correction = nn.Parameter(torch.empty(config.num_experts))  # [experts]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [tokens, hidden] -> chosen experts and their weights [tokens, experts a token]
-        logits = self.scores(x).float()  # [tokens, experts]
+        logits = self.scores(x)  # [tokens, experts]
+        if routing.takes(logits):
+            k, cap = self.experts_per_token, self.softcap or 0.0
+            return routing.route(logits, k, "sigmoid", x.dtype, softcap=cap, bias=self.correction)
+        logits = logits.float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         scores = torch.sigmoid(logits)
@@ -164,7 +172,7 @@ class SparseMlp(nn.Module):
         self.routed_scale = config.routed_scale
 
     def forward(self, x: Tensor) -> Tensor:  # [tokens, hidden]
-        return self.experts(x, *self.router(x)) * self.routed_scale + self.shared(x)
+        return self.experts(x, *self.router(x), scale=self.routed_scale, beside=self.shared(x))
 
 
 class Block(nn.Module):

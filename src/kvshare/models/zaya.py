@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
+from kvshare.kernels import routing
 from kvshare.layers.activations import swiglu
 from kvshare.layers.causal_conv import CausalWindows, TwoStageConv
 from kvshare.layers.embedding import Embedding
@@ -123,6 +124,8 @@ class Router(nn.Module):
         if self.depth_scale is not None and below is not None:
             state = state + below * self.depth_scale
         logits = self.scores(F.gelu(self.second(F.gelu(self.first(self.norm(state))))))
+        if routing.takes(logits):
+            return *routing.route(logits, 1, "softmax", x.dtype, bias=self.balance, tiny=None), state
         probabilities = logits.float().softmax(-1)  # [tokens, experts + 1]
         chosen = (probabilities + self.balance).argmax(-1, keepdim=True)
         return chosen, probabilities.gather(-1, chosen).to(x.dtype), state

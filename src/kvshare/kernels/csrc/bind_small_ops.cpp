@@ -1,21 +1,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
 
-#include <tuple>
-
 #include "address.h"
+#include "norm_arguments.h"
 #include "program.h"
-#include "small_ops_calls.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace kvshare;
-
-using NormArguments = std::tuple<uintptr_t, bool, float, float>;  // weight or 0, whether that is bfloat16, offset, eps or -1
-
-static Norm norm_of(const NormArguments& given) {
-    return {at<const void>(std::get<0>(given)), std::get<1>(given), std::get<2>(given), std::get<3>(given)};
-}
 
 void bind_small_ops(nb::module_& m) {
     m.def("heads",
@@ -31,10 +23,6 @@ void bind_small_ops(nb::module_& m) {
               const SumTask task = {at<const void>(x), at<const void>(y), at<void>(total), at<void>(normed), width, nullptr, nullptr, 0, 0, 1};
               perform(Gil::kept, [=, of_y = norm_of(of_y), of_sum = norm_of(of_sum)](const Isa& isa) { run_sum(isa, task, of_y, of_sum, at<const void>(scale), bf16, rows); });
           });
-    m.def("gate", [](uintptr_t gate, uintptr_t up, uintptr_t out, bool bf16, int64_t rows, int64_t gate_stride, int64_t up_stride, int64_t width, bool gelu) {
-        const GateTask task = {at<const void>(gate), at<const void>(up), at<void>(out), gate_stride, up_stride, width, gelu};
-        perform(Gil::kept, [=](const Isa& isa) { run_gate(isa, task, bf16, rows); });
-    });
     m.def("cap", [](uintptr_t x, int64_t count, float cap) {
         perform(Gil::kept, [=](const Isa& isa) { run_cap(isa, at<float>(x), count, cap); });
     });

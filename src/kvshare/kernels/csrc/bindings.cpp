@@ -22,6 +22,8 @@ void bind_paged_attention(nb::module_& m);
 void bind_tile_attention(nb::module_& m);
 void bind_row_selection(nb::module_& m);
 void bind_small_ops(nb::module_& m);
+void bind_streams(nb::module_& m);
+void bind_experts(nb::module_& m);
 void bind_program(nb::module_& m);
 void bind_read_memory(nb::module_& m);
 
@@ -74,6 +76,8 @@ NB_MODULE(_kernels, m) {
     bind_tile_attention(m);
     bind_row_selection(m);
     bind_small_ops(m);
+    bind_streams(m);
+    bind_experts(m);
     bind_program(m);
     bind_read_memory(m);
 }

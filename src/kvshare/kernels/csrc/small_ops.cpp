@@ -1,30 +1,14 @@
 #include "small_ops_calls.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "over.h"
+
 namespace kvshare {
-
-static constexpr int64_t NUMBERS_OF_A_THREAD = 1 << 15;  // fewer are done before another thread has woken up
-
-template <typename Run>  // (begin, end)
-static void over(int64_t count, int64_t numbers_each, Run run) {
-    const int64_t threads = std::min<int64_t>({omp_get_max_threads(), count, 1 + count * numbers_each / NUMBERS_OF_A_THREAD});
-    if (threads < 2) {
-        run(0, count);
-        return;
-    }
-#pragma omp parallel num_threads(int(threads))
-    {
-        const int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
-        run(count * part / parts, count * (part + 1) / parts);
-    }
-}
 
 static float widened(uint16_t number) {
     const uint32_t bits = uint32_t(number) << 16;
@@ -33,8 +17,7 @@ static float widened(uint16_t number) {
     return v;
 }
 
-// The weight of a norm as floats, in `kept`; nullptr where nothing is normed.
-static const float* factors(const Norm& norm, int64_t width, std::vector<float>& kept) {
+const float* factors(const Norm& norm, int64_t width, std::vector<float>& kept) {
     if (norm.eps < 0) return nullptr;
     kept.assign(size_t(width), 1.0f);
     if (!norm.weight) return kept.data();
@@ -68,6 +51,12 @@ void run_gate(const Isa& isa, const GateTask& task, bool bf16, int64_t rows) {
 void run_cap(const Isa& isa, float* x, int64_t count, float cap) {
     over(count, 1, [&](int64_t begin, int64_t end) { isa.small.cap(x + begin, end - begin, cap); });
 }
+
+void run_softplus(const Isa& isa, const SoftplusTask& task, bool bf16, int64_t rows) {
+    over(rows, task.heads * task.width, [&](int64_t begin, int64_t end) { isa.small.softplus(task, bf16, begin, end); });
+}
+
+void run_route(const Isa& isa, const RouteTask& task, int64_t rows) { isa.small.route(task, 0, rows); }
 
 void append_rows(uint8_t* arena, int64_t page_bytes, const StepSpans& step, const RowsToAppend& rows) {
     const uint8_t* from = rows.values;

@@ -132,17 +132,36 @@ inline void sum(const SumTask& task, bool bf16, int64_t begin, int64_t end) {
     bf16 ? sum_rows<uint16_t>(task, begin, end) : sum_rows<float>(task, begin, end);
 }
 
+// What `deviations` takes from every gate of a row. Torch rounds the mean, the deviation and what is made of them.
+template <typename T>
+float gate_cut(const T* gate, int64_t width, float deviations) {
+    float total = 0, squares = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < width; i++) total += number(gate[i]);
+    const float mean = total / float(width);
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < width; i++) squares += (number(gate[i]) - mean) * (number(gate[i]) - mean);
+    return rounded<T>(rounded<T>(mean) + rounded<T>(rounded<T>(sqrtf(squares / float(width))) * rounded<T>(deviations)));
+}
+
 template <typename T>
 void gate_rows(const GateTask& task, int64_t begin, int64_t end) {
+    const Activation& activation = task.activation;
+    const float limit = activation.limit;
     for (int64_t row = begin; row < end; row++) {
         const T *gate = static_cast<const T*>(task.gate) + row * task.gate_stride, *up = static_cast<const T*>(task.up) + row * task.up_stride;
         T* out = static_cast<T*>(task.out) + row * task.width;
-        if (task.gelu) {
+        const auto all = [&](auto activated) {
 #pragma omp simd
-            for (int64_t i = 0; i < task.width; i++) out[i] = stored<T>(rounded<T>(gelu_tanh(number(gate[i]))) * number(up[i]));
+            for (int64_t i = 0; i < task.width; i++) out[i] = stored<T>(rounded<T>(activated(number(gate[i]))) * std::min(std::max(number(up[i]), -limit), limit));
+        };
+        if (activation.deviations > -INFINITY) {
+            const float cut = gate_cut(gate, task.width, activation.deviations);
+            all([=](float g) { return gelu_tanh(std::max(rounded<T>(g - cut), 0.0f)); });
+        } else if (activation.gelu) {
+            all([](float g) { return gelu_tanh(g); });
         } else {
-#pragma omp simd
-            for (int64_t i = 0; i < task.width; i++) out[i] = stored<T>(rounded<T>(silu(number(gate[i]))) * number(up[i]));
+            all([=](float g) { return silu(std::min(g, limit)); });
         }
     }
 }
@@ -161,4 +180,49 @@ inline void cap(float* x, int64_t count, float cap) {
     }
 }
 
-constexpr SmallOps small_ops = {heads, sum, gate, cap};
+template <typename T, typename W>
+void combine_rows(const CombineTask& task, int64_t begin, int64_t end) {
+    const int64_t width = task.width;
+    for (int64_t row = begin; row < end; row++) {
+        const T *y = static_cast<const T*>(task.y) + row * task.k * width, *beside = static_cast<const T*>(task.beside) + (task.beside ? row * width : 0);
+        const W* weights = static_cast<const W*>(task.weights) + row * task.k;
+        T* out = static_cast<T*>(task.out) + row * width;
+        const auto all = [&](auto last) {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) {
+                float total = 0;
+                for (int64_t j = 0; j < task.k; j++) total += number(y[j * width + i]) * number(weights[j]);
+                out[i] = stored<T>(last(rounded<T>(rounded<T>(total) * task.scale), i));
+            }
+        };
+        if (beside) all([=](float v, int64_t i) { return v + number(beside[i]); });
+        else all([](float v, int64_t) { return v; });
+    }
+}
+
+inline void combine(const CombineTask& task, bool bf16, int64_t begin, int64_t end) {
+    if (!bf16) combine_rows<float, float>(task, begin, end);
+    else if (task.weights_bf16) combine_rows<uint16_t, uint16_t>(task, begin, end);
+    else combine_rows<uint16_t, float>(task, begin, end);
+}
+
+inline float softplus_of(float x) { return x > 20 ? x : log1pf(expf(x)); }
+
+template <typename T>
+void softplus_rows(const SoftplusTask& task, int64_t begin, int64_t end) {
+    for (int64_t head = begin * task.heads; head < end * task.heads; head++) {
+        const T *x = static_cast<const T*>(task.x) + head * task.width, *gate = static_cast<const T*>(task.gate) + head * (task.per_head ? 1 : task.width);
+        T* out = static_cast<T*>(task.out) + head * task.width;
+        const float one = rounded<T>(softplus_of(number(gate[0])));
+        for (int64_t i = 0; i < task.width; i++) out[i] = stored<T>(number(x[i]) * (task.per_head ? one : rounded<T>(softplus_of(number(gate[i])))));
+    }
+}
+
+inline void softplus(const SoftplusTask& task, bool bf16, int64_t begin, int64_t end) {
+    bf16 ? softplus_rows<uint16_t>(task, begin, end) : softplus_rows<float>(task, begin, end);
+}
+
+#include "routing.h"
+#include "stream_ops.h"
+
+constexpr SmallOps small_ops = {heads, sum, gate, cap, combine, softplus, route, stream_ops};

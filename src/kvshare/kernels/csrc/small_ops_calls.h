@@ -1,5 +1,7 @@
 // The operations between the products over all rows, shared among the threads where there are enough; and new rows to their pages.
 #pragma once
+#include <vector>
+
 #include "kernels.h"
 #include "step_spans.h"
 
@@ -12,10 +14,15 @@ struct Norm {
     float eps;     // negative: no norm
 };
 
+// The weight of a norm as floats, in `kept`; nullptr where nothing is normed.
+const float* factors(const Norm& norm, int64_t width, std::vector<float>& kept);
+
 // `task` without what `norm` says.
 void run_heads(const Isa& isa, HeadsTask task, const Norm& norm, bool bf16, int64_t rows);
 void run_sum(const Isa& isa, SumTask task, const Norm& of_y, const Norm& of_sum, const void* scale, bool bf16, int64_t rows);  // scale: [1] or nullptr
 void run_gate(const Isa& isa, const GateTask& task, bool bf16, int64_t rows);
+void run_softplus(const Isa& isa, const SoftplusTask& task, bool bf16, int64_t rows);
+void run_route(const Isa& isa, const RouteTask& task, int64_t rows);
 void run_cap(const Isa& isa, float* x, int64_t count, float cap);
 
 struct RowsToAppend {

@@ -2,6 +2,9 @@
 #pragma once
 #include <cstdint>
 
+#include "routing_tasks.h"
+#include "stream_tasks.h"
+
 namespace kvshare {
 
 // Heads of x, normed if `weight` is given and then rotated if there are `pairs`: [rows, heads, width] -> `out`, in one piece.
@@ -26,12 +29,36 @@ struct SumTask {
     float y_eps, eps, scale;
 };
 
+struct Activation {
+    bool gelu;         // in its tanh form; otherwise SiLU
+    float limit;       // gates are at most that, the others' magnitude, too; infinity: no limit
+    float deviations;  // gates lose their row's mean plus that many of its standard deviations, and what is then negative; -infinity: they lose nothing
+};
+
 // out = activation(gate) * up: [rows, width], out in one piece.
 struct GateTask {
     const void *gate, *up;
     void* out;
     int64_t gate_stride, up_stride, width;
-    bool gelu;  // in its tanh form; otherwise SiLU
+    Activation activation;
+};
+
+// out = sum over k of weights * y, each sum rounded, then times `scale` and plus `beside`: y[rows, k, width] -> out[rows, width].
+struct CombineTask {
+    const void *y, *weights;  // weights[rows, k], of y's type or float32
+    bool weights_bf16;
+    const void* beside;  // [rows, width] or nullptr
+    void* out;
+    int64_t k, width;
+    float scale;
+};
+
+// x * softplus(gate), the gate rounded first: heads of x [rows, heads, width], gates [rows, heads] or one for each number.
+struct SoftplusTask {
+    const void *x, *gate;
+    void* out;
+    int64_t heads, width;
+    bool per_head;
 };
 
 // What every instruction set provides: rows [begin, end) of a task, in bfloat16 or float32.
@@ -40,6 +67,10 @@ struct SmallOps {
     void (*sum)(const SumTask& task, bool bf16, int64_t begin, int64_t end);
     void (*gate)(const GateTask& task, bool bf16, int64_t begin, int64_t end);
     void (*cap)(float* x, int64_t count, float cap);  // x = cap * tanh(x / cap)
+    void (*combine)(const CombineTask& task, bool bf16, int64_t begin, int64_t end);
+    void (*softplus)(const SoftplusTask& task, bool bf16, int64_t begin, int64_t end);
+    void (*route)(const RouteTask& task, int64_t begin, int64_t end);
+    StreamOps streams;
 };
 
 }  // namespace kvshare
