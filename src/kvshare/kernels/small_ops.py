@@ -75,21 +75,22 @@ def add(x: Tensor, y: Tensor, *, of_y: Norm | None, scale: Tensor | None = None)
     return _sum(x, y, of_y, None, scale)[0]
 
 
-def add_and_norm(x: Tensor, y: Tensor, norm: Norm, *, of_y: Norm | None) -> tuple[Tensor, Tensor]:  # [rows, width] each
-    """x + of_y(y), and `norm` of it."""
-    return _sum(x, y, of_y, norm, None)
+def add_and_norm(x: Tensor, y: Tensor, norm: Norm, *, of_y: Norm | None, factor: float = 1.0) -> tuple[Tensor, Tensor]:  # [rows, width] each
+    """(x + of_y(y)) * factor, and `norm` of it."""
+    return _sum(x, y, of_y, norm, None, factor)
 
 
-def _sum(x: Tensor, y: Tensor, of_y: Norm | None, norm: Norm | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sum(
+    x: Tensor, y: Tensor, of_y: Norm | None, norm: Norm | None, scale: Tensor | None, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:  # a `scale` takes the factor's place
     if x.shape != y.shape or x.dtype != y.dtype or (scale is not None and scale.dtype != x.dtype):
         raise ValueError(f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)} cannot be added")
     x, y = x.contiguous(), y.contiguous()
     total = torch.empty_like(x)
     normed = total if norm is None else torch.empty_like(x)
     addresses = x.data_ptr(), y.data_ptr(), total.data_ptr(), normed.data_ptr()
-    module().sum(
-        *addresses, x.dtype == torch.bfloat16, *x.shape, of_y or _NO_NORM, norm or _NO_NORM, 0 if scale is None else scale.data_ptr()
-    )
+    norms, scale_at = (of_y or _NO_NORM, norm or _NO_NORM), 0 if scale is None else scale.data_ptr()
+    module().sum(*addresses, x.dtype == torch.bfloat16, *x.shape, *norms, scale_at, factor)
     return total, normed
 
 

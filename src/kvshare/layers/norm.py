@@ -43,9 +43,13 @@ def add(x: Tensor, y: Tensor) -> Tensor:  # [tokens, width] each
     return small_ops.add(x, y, of_y=None) if small_ops.takes(x) and y.dtype == x.dtype else x + y
 
 
-def add_then_norm(x: Tensor, y: Tensor, norm: RMSNorm, y_norm: RMSNorm | None = None) -> tuple[Tensor, Tensor]:  # [tokens, width] each
-    """The residual x + y, with y normed first where there is a norm for it; and what `norm` makes of that sum."""
+def add_then_norm(
+    x: Tensor, y: Tensor, norm: RMSNorm, y_norm: RMSNorm | None = None, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:  # [tokens, width] each
+    """The residual (x + y) * factor, with y normed first where there is a norm for it; and what `norm` makes of that."""
     if small_ops.takes(x):
-        return small_ops.add_and_norm(x, y, norm.spelled(), of_y=None if y_norm is None else y_norm.spelled())
+        return small_ops.add_and_norm(x, y, norm.spelled(), of_y=None if y_norm is None else y_norm.spelled(), factor=factor)
     total = x + (y if y_norm is None else y_norm(y))
+    if factor != 1.0:
+        total = total * factor
     return total, norm(total)

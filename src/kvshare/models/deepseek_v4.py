@@ -251,17 +251,16 @@ class Block(nn.Module):
         self.moe = Moe(config, index)
 
     def forward(self, x: Tensor, facts: TokenFacts, step: Step) -> tuple[Tensor, TokenFacts, Step]:  # [tokens, streams, hidden]
-        mixture = self.attention_mixing(x)
-        normed = self.attention_norm(mixture.collapsed)
-        self.attention.append(normed, facts, step)
+        mixture = self.attention_mixing(x, self.attention_norm)
+        self.attention.append(mixture.normed, facts, step)
         if step.narrows(self.index):
             kept, step = step.rows_kept, step.tail()
-            x, mixture, normed, facts = x[kept], mixture.at_rows(kept), normed[kept], facts.at_rows(kept)
+            x, mixture, facts = x[kept], mixture.at_rows(kept), facts.at_rows(kept)
             if not len(x):
                 return x, facts, step
-        x = mixture.expand(self.attention(normed, facts, step), x)
-        mixture = self.moe_mixing(x)
-        return mixture.expand(self.moe(self.moe_norm(mixture.collapsed), facts.ids), x), facts, step
+        x = mixture.expand(self.attention(mixture.normed, facts, step), x)
+        mixture = self.moe_mixing(x, self.moe_norm)
+        return mixture.expand(self.moe(mixture.normed, facts.ids), x), facts, step
 
 
 class DeepseekV4(Model):
@@ -289,12 +288,12 @@ class DeepseekV4(Model):
             {name: each.at(step.positions, torch.float32) for name, each in rope.items()},
             {ratio: Blocks.of(step, ratio, overlap, rope["compress"]) for ratio, overlap in self.overlaps.items()},
         )
-        x = self.embedding(tokens)[:, None].expand(-1, self.config.streams, -1)  # [tokens, streams, hidden]
+        x = self.embedding(tokens)[:, None].repeat(1, self.config.streams, 1)  # [tokens, streams, hidden]
         for block in self.blocks:
             x, facts, step = block(x, facts, step)
             if not len(x):  # a chunk inside a prompt: nobody asked for its logits
                 break
-        return self.norm(self.stream_head(x))
+        return self.stream_head(x, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
         return self.head(hidden)

@@ -19,9 +19,10 @@ from kvshare.cache.step import Step
 from kvshare.checkpoints.weights import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.activations import GatedActivation, geglu
+from kvshare.layers.altup import AltUp, add_behind_first, mean_of, streams_of
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.linear import Linear
-from kvshare.layers.norm import RMSNorm, add_normed
+from kvshare.layers.norm import RMSNorm, add_normed, add_then_norm
 from kvshare.layers.per_layer_embedding import PerLayerEmbedding
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
@@ -69,31 +70,6 @@ class Gemma3nConfig:
         return RMSNorm(self.hidden_size, self.eps)
 
 
-class AltUp(nn.Module):
-    """Alternating updates: predicts all streams behind a layer, runs the layer on one, corrects the others by what that one missed."""
-
-    def __init__(self, config: Gemma3nConfig):
-        super().__init__()
-        self.streams = config.streams
-        self.router_norm = config.norm()
-        self.router = Linear(config.hidden_size, config.streams)
-        self.prediction = Linear(config.streams, config.streams**2)
-        self.correction = Linear(config.streams, config.streams)
-
-    def _modalities(self, x: Tensor) -> Tensor:  # [tokens, hidden] -> [tokens, streams]
-        routed = self.router(self.router_norm(x) * x.shape[-1] ** -1.0)
-        return torch.tanh(routed.float()).to(x.dtype)
-
-    def predict(self, x: Tensor) -> Tensor:  # [tokens, streams, hidden]
-        mix = self.prediction(self._modalities(x[:, 0])).unflatten(-1, (self.streams, self.streams))  # [tokens, streams out, streams in]
-        return x + mix @ x
-
-    def correct(self, predicted: Tensor, active: Tensor) -> Tensor:  # [tokens, streams, hidden], [tokens, hidden]
-        missed = active - predicted[:, 0]
-        gains = self.correction(self._modalities(active)) + 1.0  # [tokens, streams]
-        return predicted + missed[:, None] * gains[..., None]
-
-
 class Laurel(nn.Module):
     """A learned residual of low rank."""
 
@@ -113,7 +89,10 @@ def activation_for(sparsity: float) -> GatedActivation:
 
 
 class PerLayerGate(nn.Module):
-    """What the layer's own embedding of the token adds to the streams that blocks do not work on, gated by the one that they do."""
+    """What the layer's own embedding of the token adds to the streams that blocks do not work on, gated by the one that they do.
+
+    `out_norm` is for what is added.
+    """
 
     def __init__(self, config: Gemma3nConfig):
         super().__init__()
@@ -122,14 +101,14 @@ class PerLayerGate(nn.Module):
         self.out_norm = config.norm()
 
     def forward(self, x: Tensor, own: Tensor) -> Tensor:  # [tokens, hidden], [tokens, per_layer_width]
-        return self.out_norm(self.projection(geglu(self.gate(x), own)))
+        return self.projection(geglu(self.gate(x), own))
 
 
 class Block(nn.Module):
     def __init__(self, config: Gemma3nConfig, layout: CacheLayout, index: int):
         super().__init__()
         self.index, self.kind = index, layout.layers[index].kind
-        self.altup = AltUp(config)
+        self.altup = AltUp(config.hidden_size, config.streams, config.eps)
         self.attention_norm = config.norm()
         self.laurel = Laurel(config)
         self.attention = Attention(config.attention, index, layout.streams_of(index), layout.owner[index] == index)
@@ -152,21 +131,12 @@ class Block(nn.Module):
             streams, normed = streams[kept], normed[kept]
             x = streams[:, 0]
         attended = add_normed(x, self.attention(normed, q, context.rotations[self.kind], context.step), self.attention_out_norm)
-        x = (attended + self.laurel(normed)) * 2**-0.5
-        x = add_normed(x, self.mlp(self.mlp_norm(x)), self.mlp_out_norm)
-        streams = self.altup.correct(streams, x)
-        first, others = streams[:, :1], streams[:, 1:]
-        seen = first[:, 0] * self.output_scale if self.scales_output else first[:, 0]
+        x, normed = add_then_norm(attended, self.laurel(normed), self.mlp_norm, factor=2**-0.5)
+        x, normed = add_then_norm(x, self.mlp(normed), self.altup.router_norm, self.mlp_out_norm)
+        streams, seen = self.altup.correct(streams, x, normed, self.output_scale if self.scales_output else None)
         assert context.inputs is not None
         added = self.per_layer(seen, context.inputs.of(self.index))
-        return torch.cat([first, others + added[:, None]], dim=1), context
-
-
-def at_magnitude_of(target: Tensor, x: Tensor) -> Tensor:  # [tokens, 1, hidden], [tokens, streams, hidden]
-    """`x` with the root mean square of `target`."""
-    wanted = target.square().mean(-1, keepdim=True).sqrt()
-    found = x.square().mean(-1, keepdim=True).clamp(min=1e-5).sqrt()
-    return x * wanted / found
+        return add_behind_first(streams, added, self.per_layer.out_norm), context
 
 
 class Gemma3n(GemmaModel):
@@ -188,16 +158,13 @@ class Gemma3n(GemmaModel):
         last = self.layout.tail - 1  # it needs its per-layer inputs only for the rows that go on
         inputs = self.per_layer(tokens, x, 0, last if step.narrows(last) else len(self.blocks))
         context = self.context(step, x.dtype, inputs)
-        first = x[:, None]
-        spread = self.spread(x).unflatten(-1, (-1, self.hidden_size))
-        streams = torch.cat([first, at_magnitude_of(first, spread)], dim=1)  # [tokens, streams, hidden]
+        streams = streams_of(x, self.spread(x).split(self.hidden_size, dim=-1))  # [tokens, streams, hidden]
         for block in self.blocks:
             streams, context = block(streams, context)
             if not len(streams):  # a chunk inside a prompt: nobody asked for its logits
                 return streams[:, 0]
-        first = streams[:, :1]
-        gathered = torch.stack([projection(streams[:, index + 1]) for index, projection in enumerate(self.gather)], dim=1)
-        return self.norm(torch.cat([first, at_magnitude_of(first, gathered)], dim=1).mean(dim=1))
+        gathered = [projection(streams[:, index + 1]) for index, projection in enumerate(self.gather)]
+        return self.norm(mean_of(streams[:, 0], gathered))
 
     def weight_sources(self) -> dict[str, Source]:
         others = range(len(self.gather))

@@ -24,7 +24,7 @@ from kvshare.layers.experts import Experts, expert_sources
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.key_balance import key_balance
 from kvshare.layers.linear import Linear
-from kvshare.layers.norm import RMSNorm, add_then_norm
+from kvshare.layers.norm import RMSNorm, add, add_then_norm
 from kvshare.layers.rotary import Rotation, frequencies
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
@@ -193,7 +193,7 @@ class Block(nn.Module):
             x, normed = x[kept], normed[kept]
             rotations = {layer_type: rotation.at_rows(kept) for layer_type, rotation in rotations.items()}
         x, normed = add_then_norm(x, self.attention(normed, rotations[self.layer_type], step), self.mlp_norm)
-        return x + self.mlp(normed), rotations, step
+        return add(x, self.mlp(normed)), rotations, step
 
 
 class Laguna(Decoder):

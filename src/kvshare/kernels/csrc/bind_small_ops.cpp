@@ -19,8 +19,8 @@ void bind_small_ops(nb::module_& m) {
           });
     m.def("sum",
           [](uintptr_t x, uintptr_t y, uintptr_t total, uintptr_t normed, bool bf16, int64_t rows, int64_t width, const NormArguments& of_y, const NormArguments& of_sum,
-             uintptr_t scale) {
-              const SumTask task = {at<const void>(x), at<const void>(y), at<void>(total), at<void>(normed), width, nullptr, nullptr, 0, 0, 1};
+             uintptr_t scale, float factor) {
+              const SumTask task = {at<const void>(x), at<const void>(y), at<void>(total), at<void>(normed), width, nullptr, nullptr, 0, 0, factor};
               perform(Gil::kept, [=, of_y = norm_of(of_y), of_sum = norm_of(of_sum)](const Isa& isa) { run_sum(isa, task, of_y, of_sum, at<const void>(scale), bf16, rows); });
           });
     m.def("cap", [](uintptr_t x, int64_t count, float cap) {
