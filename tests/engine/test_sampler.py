@@ -41,11 +41,24 @@ def test_nucleus_equals_sorting_on_a_large_vocabulary(mass: float, spread: float
     probabilities = logits.softmax(0)
     kept = sampler._nucleus(probabilities, mass)
     expected = probabilities[list(nucleus_by_sorting(probabilities, mass))]
-    if spread == 0:  # all equal: any set is right, or all of them
-        assert kept.sum() >= mass - 1e-5
-    else:
-        assert kept.sum().item() == pytest.approx(expected.sum().item(), abs=2e-4)
-        assert abs(int((kept > 0).sum()) - len(expected)) <= max(1, len(expected) // 1000)
+    assert kept.sum().item() == pytest.approx(expected.sum().item(), abs=2e-4)
+    assert abs(int((kept > 0).sum()) - len(expected)) <= max(1, len(expected) // 1000)
+
+
+@pytest.mark.parametrize("size", [3, 512, 1500])
+def test_a_draw_inverts_the_cumulative_sum_of_the_whole_vocabulary(size: int) -> None:
+    logits = 3 * torch.randn(size, generator=torch.Generator().manual_seed(size))
+    logits[-size // 3 :] = -torch.inf  # nothing there may be drawn
+    cumulative = logits.softmax(0).double().cumsum(0)
+    drawn, places = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    for _ in range(50):
+        expected = torch.searchsorted(cumulative, torch.rand((), generator=places, dtype=torch.float64) * cumulative[-1], right=True)
+        assert sample(logits.clone(), SamplingParams(), drawn, [], []) == int(expected)
+
+
+def test_a_nucleus_holds_the_first_of_equal_tokens() -> None:
+    kept = sampler._nucleus(torch.full((2048,), 2.0**-11), 0.25)
+    assert torch.equal(kept.nonzero()[:, 0], torch.arange(512))
 
 
 def test_frequencies_follow_the_probabilities() -> None:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kvshare.engine.outputs import Logprob, TokenLogprobs
 from kvshare.engine.sampling import SamplingParams
 
-_FIRST_CANDIDATES = 1024  # a nucleus is nearly always inside the most probable thousand
+_BUCKET_BITS = 16  # of a float32, behind those that tell buckets apart
+_BLOCK = 512  # tokens whose probabilities are summed first
 
 
 def sample(
@@ -46,34 +48,32 @@ def _penalise(logits: Tensor, params: SamplingParams, prompt: Sequence[int], out
 
 
 def _nucleus(probabilities: Tensor, mass: float) -> Tensor:
-    """Zero for all but the fewest most probable tokens that together reach `mass` (Holtzman et al. 2020)."""
-    count = min(_FIRST_CANDIDATES, probabilities.numel())
-    top, places = probabilities.topk(count)
-    reached = int((top.cumsum(0) < mass).sum()) + 1
-    if reached > count and count < probabilities.numel():
-        return torch.where(probabilities >= _threshold(probabilities, mass), probabilities, 0)
-    kept = torch.zeros_like(probabilities)
-    kept[places[:reached]] = top[:reached]
+    """Zero for all but the fewest most probable tokens that together reach `mass` (Holtzman et al. 2020); of equal ones the first.
+
+    Tokens are counted in buckets by the leading bits of their probability, and only those of the bucket in which `mass` is reached sorted.
+    """
+    buckets = probabilities.view(torch.int32) >> _BUCKET_BITS  # floats that are not negative are in the order of their bits
+    masses = torch.bincount(buckets, weights=probabilities.double())
+    above = masses.flip(0).cumsum(0).flip(0) - masses  # mass of the buckets above each
+    border = int((above >= mass).sum())
+    inside = (buckets == border).nonzero()[:, 0]
+    values, order = probabilities[inside].sort(descending=True, stable=True)
+    reached = int((above[border] + values.double().cumsum(0) < mass).sum()) + 1
+    kept = torch.where(buckets > border, probabilities, 0)
+    kept[inside[order[:reached]]] = values[:reached]
     return kept
 
 
-def _threshold(probabilities: Tensor, mass: float) -> float:
-    """The largest t for which the tokens of probability t or more reach `mass`, by bisection, for flat distributions."""
-    low, high = 0.0, float(probabilities.max())
-    for _ in range(50):
-        middle = (low + high) / 2
-        if float(probabilities[probabilities >= middle].sum()) >= mass:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
 def _draw(probabilities: Tensor, candidates: Tensor | None, generator: torch.Generator) -> int:
-    """One token with these (unnormalised) probabilities, by inverting their cumulative sum."""
-    cumulative = probabilities.double().cumsum(0)
+    """One token with these (unnormalised) probabilities, by inverting their cumulative sum: its block first, then its place there."""
+    blocks = F.pad(probabilities, (0, -probabilities.numel() % _BLOCK)).view(-1, _BLOCK)
+    cumulative = blocks.sum(1, dtype=torch.float64).cumsum(0)  # [blocks]
     place = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
-    index = int(torch.searchsorted(cumulative, place, right=True).clamp(max=probabilities.numel() - 1))
+    last = torch.searchsorted(cumulative, cumulative[-1:])[0]  # behind it nothing is probable
+    block = int(torch.searchsorted(cumulative, place, right=True).clamp(max=last.clamp(max=len(blocks) - 1)))
+    inside = blocks[block].double().cumsum(0) + (cumulative[block - 1] if block else 0.0)
+    furthest = int(blocks[block].nonzero()[-1])  # two ways to sum may differ in the last bits
+    index = block * _BLOCK + min(int(torch.searchsorted(inside, place, right=True)), furthest)
     return index if candidates is None else int(candidates[index])
 
 
