@@ -12,6 +12,7 @@ from kvshare.engine.outputs import Logprob, TokenLogprobs
 from kvshare.engine.sampling import SamplingParams
 
 _BUCKET_BITS = 16  # of a float32, behind those that tell buckets apart
+_FEW = 1024  # tokens are sorted at once
 _BLOCK = 512  # tokens whose probabilities are summed first
 
 
@@ -52,7 +53,8 @@ def _nucleus(probabilities: Tensor, mass: float) -> Tensor:
 
     Tokens are counted in buckets by the leading bits of their probability, and only those of the bucket in which `mass` is reached sorted.
     """
-    buckets = probabilities.view(torch.int32) >> _BUCKET_BITS  # floats that are not negative are in the order of their bits
+    bits = _BUCKET_BITS if probabilities.numel() > _FEW else 31  # few are one bucket
+    buckets = probabilities.view(torch.int32) >> bits  # floats that are not negative are in the order of their bits
     masses = torch.bincount(buckets, weights=probabilities.double())
     above = masses.flip(0).cumsum(0).flip(0) - masses  # mass of the buckets above each
     border = int((above >= mass).sum())
