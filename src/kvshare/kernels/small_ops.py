@@ -75,7 +75,9 @@ def add(x: Tensor, y: Tensor, *, of_y: Norm | None, scale: Tensor | None = None)
     return _sum(x, y, of_y, None, scale)[0]
 
 
-def add_and_norm(x: Tensor, y: Tensor, norm: Norm, *, of_y: Norm | None, factor: float = 1.0) -> tuple[Tensor, Tensor]:  # [rows, width] each
+def add_and_norm(
+    x: Tensor, y: Tensor, norm: Norm, *, of_y: Norm | None, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:  # [rows, width] each
     """(x + of_y(y)) * factor, and `norm` of it."""
     return _sum(x, y, of_y, norm, None, factor)
 
