@@ -18,11 +18,19 @@ def by_hand(reference: str, candidate: str) -> tuple[float, float, float]:
     """KL, worst KL and share of equal top tokens, in float64 from all logits at once."""
     kls, same = [], []
     for ids in WINDOWS:
-        one, other = (chunked(tiny.model(), torch.tensor([ids]), [len(ids)], precision=p)[0].double() for p in (reference, candidate))
-        p, q = one.log_softmax(-1), other.log_softmax(-1)
-        kls.append((p.exp() * (p - q)).sum(-1))
+        one, other = both(ids, reference, candidate)
+        kls.append(each_kl(one, other))
         same.append(one.argmax(-1) == other.argmax(-1))
     return torch.cat(kls).mean().item(), torch.cat(kls).max().item(), torch.cat(same).double().mean().item()
+
+
+def both(ids: list[int], *precisions: str) -> list[torch.Tensor]:  # of each [tokens, vocab]
+    return [chunked(tiny.model(), torch.tensor([ids]), [len(ids)], precision=precision)[0].double() for precision in precisions]
+
+
+def each_kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # 2 x [tokens, vocab] -> [tokens]
+    p, q = one.log_softmax(-1), other.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def test_divergence_is_the_kl_of_whole_logits() -> None:
@@ -42,6 +50,14 @@ def test_the_reference_does_not_diverge_from_itself() -> None:
 def test_one_owner_alone_is_between_none_and_all() -> None:
     none, first, every = divergences(tiny.model(), WINDOWS, "fp32", ["fp32", {-1: "fp32", 1: "int4"}, "int4"])
     assert none.kl == 0 < first.kl < every.kl
+
+
+def test_a_sample_of_positions_is_a_part_of_all() -> None:
+    """Of a window without a second sampled position, and of one that ends between two, the rows that count are the same."""
+    found = divergences(tiny.model(), WINDOWS, "bf16", ["int8"], every=30)[0]
+    assert found.tokens == 3 + 2 + 1
+    kl = torch.cat([each_kl(*both(ids, "bf16", "int8"))[::30] for ids in WINDOWS])
+    assert (found.kl, found.largest) == (pytest.approx(kl.mean().item(), rel=1e-2), pytest.approx(kl.max().item(), rel=1e-2))
 
 
 def test_logits_never_exist_for_a_whole_window(monkeypatch: pytest.MonkeyPatch) -> None:

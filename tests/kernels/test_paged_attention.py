@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from kvshare.kernels.paged_attention import AttendedRows, PagedAttention
 from kvshare.kernels.row_kind import row_kind
 from kvshare.kernels.step_spans import StepSpans, TokenSpan
 from kvshare.layers.attention import attention
-from kvshare.layout import Stream
+from kvshare.layout import LayerCache, Stream
+from kvshare.layout.newest import with_newest
 from kvshare.layout.rows import precision_named
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
@@ -151,6 +153,46 @@ def test_queries_make_up_for_balanced_keys(codec: str, isa: str) -> None:
         each[0] = each[0] * balance
     case.scale /= 8
     assert (case.run().double() - case.expected()).abs().max() < (ENCODED_BOUNDS[codec] if isa == "avx512" else 4e-6)
+
+
+@pytest.mark.parametrize("codecs", [("rot4", "rot4"), ("int8", "int4")])
+@pytest.mark.parametrize("newest", [1, 7, 40, 400])
+def test_older_rows_encoded_and_newest_in_16_bits_are_one_softmax(newest: int, codecs: tuple[str, str], isa: str) -> None:
+    """Against torch on the rows that each query sees; some sequences have fewer rows than are kept exact."""
+    lengths, shape = [1, 33, 130, 500], (2, 3, 64, 96)
+    forms = [replace(precision_named(name), newest=newest) for name in codecs]
+    streams = with_newest(LayerCache("full", 0, (Stream("k", 2, 64), Stream("v", 2, 96))), 0, newest).streams
+    kinds = [(streams[0], streams[1]), (streams[2], streams[3])]
+    spelled = [[codec_for(form, stream) for form, stream in zip(forms, pair, strict=True)] for pair in kinds]
+    case = Case(shape, lengths, torch.bfloat16)
+    generator, arena = torch.Generator().manual_seed(2), Arena(200, case.arena.page_bytes)
+    rows, spans, tables = [], [], []  # tables are read where they lie
+    free = list(range(200))
+    for row, length in enumerate(lengths):
+        values = [torch.randn(length, 2, width, generator=generator).bfloat16() for width in (64, 96)]
+        split, read, own = max(0, length - newest), [], []
+        for codec, stream, each in zip([c for pair in spelled for c in pair], streams, values * 2, strict=True):
+            encoded = codec.encode(each)
+            table = PageTable(0, stream, arena.page_bytes // encoded.shape[1])
+            table.pages = array("i", (free.pop() for _ in range(-(-length // table.rows_per_page))))
+            for index in range(length):
+                page, offset = divmod(index, table.rows_per_page)
+                arena.rows(encoded.shape[1])[table.pages[page], offset] = encoded[index]
+            own.append(table)
+            decoded = codec.decode(encoded, 2, stream.width).float()
+            read.append(decoded[split:] if stream.newest_of else decoded[:split])
+        rows.append([torch.cat([read[0], read[2]]), torch.cat([read[1], read[3]])])
+        tables.append(own)
+        spans.append(TokenSpan(page_runs(own), length - 1, 1, row))
+    attended = []
+    for place, (pair, (k, _)) in enumerate(zip(spelled, kinds, strict=True)):
+        keys, numbers = row_kind(pair[0]), row_kind(pair[1])
+        assert keys is not None
+        assert numbers is not None
+        attended.append(AttendedRows(keys, numbers, (2 * place, 2 * place + 1), k.window, k.behind))
+    case.rows, case.spans = rows, spans
+    case.kernel = PagedAttention(arena, 2, (64, 96), attended, torch.bfloat16)
+    assert (case.run().double() - case.expected()).abs().max() < 0.03 + BOUNDS[torch.bfloat16]
 
 
 def test_scores_far_apart(isa: str) -> None:

@@ -29,7 +29,7 @@ def tune(
     window: Annotated[int, typer.Option(min=2, help="Tokens that are run together; each window begins anew.")] = 512,
     candidates: Annotated[
         str, typer.Option(metavar="NAMES", help="Precisions to choose from beside bf16, separated by commas.")
-    ] = "rot9,rot8,int4,rot4,rot3",
+    ] = "rot8+32,rot4+128,rot4+32,rot3+128",
     context: Annotated[
         str, typer.Option(metavar="TOKENS", help="Where bytes are counted: long contexts favour small full layers.")
     ] = "32k",
@@ -110,12 +110,16 @@ def _print(tuning: Tuning, layout: CacheLayout, model: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from kvshare.tuning.tune import REFERENCE, owner_bytes
+    from kvshare.tuning.tune import REFERENCE, SAMPLED, owner_bytes
 
     console = Console(highlight=False)
     tokens, names = tuning.found.divergence.tokens, list(tuning.uniform)
     console.print(Text(f"{model}: {tokens:,} tokens of text, bytes at {tuning.context:,} tokens", style="bold"))
-    console.print(Text("KL from a bf16 cache, nats a token, where one owner alone is stored in each precision:", style="dim"))
+    console.print(
+        Text(
+            f"KL from a bf16 cache, nats a token, where one owner alone is stored in each precision (every {SAMPLED}th token):", style="dim"
+        )
+    )
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("owner", "attention"):
         table.add_column(heading, no_wrap=True)

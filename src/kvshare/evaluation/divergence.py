@@ -43,30 +43,32 @@ def divergences(
     reference: PrecisionChoice,
     candidates: Sequence[PrecisionChoice],
     watch: Watch | None = None,
+    every: int = 1,
 ) -> list[Divergence]:
-    """The divergence of each candidate precision of the cache from the reference's, over all positions of all windows of token ids.
+    """The divergence of each candidate precision of the cache from the reference's, over `every`-th positions of all windows of token ids.
 
     Rows go through the arena's pages and every query reads what was encoded, as in the engine. At most `HEAD_ROWS` positions of logits
     exist at once, of the reference and of one candidate.
     """
     sums = [_Sum() for _ in candidates]
     for ids in windows:
-        expected = cached_hidden(model, ids, reference)
+        expected = cached_hidden(model, ids, reference, every)
         for start in range(0, len(candidates), TOGETHER):
             group = candidates[start : start + TOGETHER]
-            _compare(model, expected, [cached_hidden(model, ids, candidate) for candidate in group], sums[start : start + TOGETHER])
+            _compare(model, expected, [cached_hidden(model, ids, candidate, every) for candidate in group], sums[start : start + TOGETHER])
             if watch:
                 watch(len(group))
     return [found.mean() for found in sums]
 
 
-def cached_hidden(model: Model, ids: Sequence[int], precision: PrecisionChoice) -> Tensor:  # -> [tokens, hidden]
-    """Hidden states of all tokens of one sequence that is run in one step with a cache in `precision`."""
+def cached_hidden(model: Model, ids: Sequence[int], precision: PrecisionChoice, every: int = 1) -> Tensor:  # -> [tokens / every, hidden]
+    """Hidden states of every `every`-th token of one sequence that is run in one step with a cache in `precision`."""
     layout, count = model.layout, len(ids)
     arena = Arena(layout.peak_pages(count, 1, precision, chunk=count), layout.page_bytes(precision))
     cache = SequenceCache(layout, arena, precision)
     cache.reserve(count)
-    return model(torch.tensor(list(ids)), PagedStep(PagedCache(layout, precision, model.key_balance()), [cache], [count]))
+    step = PagedStep(PagedCache(layout, precision, model.key_balance()), [cache], [count], range(0, count, every))
+    return model(torch.tensor(list(ids)), step)
 
 
 def _compare(model: Model, expected: Tensor, found: Sequence[Tensor], sums: Sequence[_Sum]) -> None:
