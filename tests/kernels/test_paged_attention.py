@@ -205,7 +205,16 @@ def test_scores_far_apart(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neither_batch_nor_threads_change_a_bit(dtype: torch.dtype, isa: str) -> None:
-    case = Case((2, 4, 64, 64), [1000, 40, 333], dtype)
+    _changes_no_bit(Case((2, 4, 64, 64), [1000, 40, 333], dtype))
+
+
+@pytest.mark.parametrize("codec", ENCODED_BOUNDS)
+@pytest.mark.parametrize("group", [1, 3, 9])  # one slice of heads, and more than one
+def test_neither_batch_nor_threads_change_a_bit_of_encoded_rows(codec: str, group: int, isa: str) -> None:
+    _changes_no_bit(Case((2, group, 64, 64), [600, 40, 333], torch.bfloat16, None, (codec, codec)))
+
+
+def _changes_no_bit(case: Case) -> None:
     together = case.run()
     before = torch.get_num_threads()
     try:
@@ -217,3 +226,20 @@ def test_neither_batch_nor_threads_change_a_bit(dtype: torch.dtype, isa: str) ->
     for span in case.spans:
         case.kernel.attend(case.q, out, StepSpans([span]), scale=case.scale)
     assert torch.equal(out, together)
+
+
+@pytest.mark.parametrize("codec", ["bf16", *ENCODED_BOUNDS])
+def test_forks_that_share_pages_read_what_copies_would(codec: str, isa: str) -> None:
+    """Two sequences with the same first pages and ends of their own, beside the same rows in pages of one's own."""
+    case = Case((2, 3, 64, 64), [290, 290], torch.bfloat16, None, (codec, codec))
+    case.q[1] = case.q[0]
+    shared = [len(table.pages) - 1 for table in case.tables[:2]]
+    assert min(shared) > 0
+    for count, first, second in zip(shared, case.tables[:2], case.tables[2:], strict=True):
+        case.arena.pages[list(second.pages[:count])] = case.arena.pages[list(first.pages[:count])]
+    apart = case.run()
+    for count, first, second in zip(shared, case.tables[:2], case.tables[2:], strict=True):
+        case.arena.pages[list(second.pages[:count])] = 0xFF
+        second.pages[:count] = first.pages[:count]
+    assert torch.equal(case.run(), apart)
+    assert not torch.equal(apart[0], apart[1]), "what is not shared must count"
