@@ -71,6 +71,7 @@ def test_replay_equals_the_step(count: int, precision: str) -> None:
     run = Sequences(count, precision, torch.bfloat16)
     for _ in range(40):
         run.step()
+    assert run.steps.describe() == "decode steps replayed in 1 native calls"
     run.replays(count, num_native_runs=1)  # torch looks tokens up and makes the rotations in front
 
 
@@ -191,6 +192,7 @@ def test_what_cannot_be_computed_again_is_noticed(name: str) -> None:
     assert not run.steps.num_programs
     assert all(reason in found for found in run.steps.reasons.values()), run.steps.reasons
     assert run.steps.reasons
+    assert reason in run.steps.describe()
 
 
 def test_a_model_that_asks_for_what_changes_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,11 @@ def serving_checks(llm: LLM, ids: Sequence[int], num_begin: int, dtype: str) -> 
     llm.engine.cancel(cancelled)
     twice = SamplingParams(n=2, temperature=1.0, seed=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     together = llm.generate([*prompts, prompts[0]], [params] * len(prompts) + [twice])
-    return [_tokens_check(alone, [output.outputs[0] for output in together[:-1]], dtype), _pages_check(llm, alone, dtype)]
+    steps = llm.engine.runner.decode_steps.describe()
+    return [_tokens_check(alone, [output.outputs[0] for output in together[:-1]], dtype, steps), _pages_check(llm, alone, dtype)]
 
 
-def _tokens_check(alone: Sequence[CompletionOutput], together: Sequence[CompletionOutput], dtype: str) -> Check:
+def _tokens_check(alone: Sequence[CompletionOutput], together: Sequence[CompletionOutput], dtype: str, steps: str) -> Check:
     name, equal, ties = NAMES[0], 0, 0
     for one, other in zip(alone, together, strict=True):
         place = next((i for i, (a, b) in enumerate(zip(one.token_ids, other.token_ids, strict=True)) if a != b), None)
@@ -46,7 +47,7 @@ def _tokens_check(alone: Sequence[CompletionOutput], together: Sequence[Completi
             name, dtype, "failed", f"an answer in a batch leaves the one that it gets alone at token {place + 1}, with no tie there"
         )
     answers = f"{equal} of {len(alone)} greedy answers equal" + (f", {ties} part at a near tie" if ties else "")
-    return Check(name, dtype, "passed", f"{answers}; beside a cancelled request and one with two answers")
+    return Check(name, dtype, "passed", f"{answers}; beside a cancelled request and one with two answers; {steps}")
 
 
 def _tie(dtype: str) -> float:

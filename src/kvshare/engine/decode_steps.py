@@ -61,6 +61,13 @@ class DecodeSteps:
     def num_programs(self) -> int:
         return len(self._recorded)
 
+    def describe(self) -> str:
+        """How steps were run so far, for people."""
+        if self._recorded:
+            runs = sorted({each.program.num_native_runs for each in self._recorded.values()})
+            return f"decode steps replayed in {' or '.join(map(str, runs))} native calls"
+        return f"decode steps not replayed: {next(iter(self.reasons.values()), 'none came again')}"
+
     def logits(self, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:  # -> float32 [sequences, vocab]
         """Append a token to each sequence, whose cache has reserved its place. The result is overwritten by the next step."""
         if not self._may_record(caches[0].arena):
