@@ -11,6 +11,9 @@ from kvshare.cache.paged_step import PagedCache, PagedStep
 from kvshare.cache.step import Step
 from kvshare.cache.tables import SequenceCache
 from kvshare.cache.tiled_attention import attended_kinds
+from kvshare.layers.key_from_value import KeyFromValue, KeyRotations, rotated_part
+from kvshare.layers.norm import RMSNorm
+from kvshare.layers.rotary import frequencies
 from kvshare.layout import CacheLayout, LayerCache, Stream
 from kvshare.layout.rows import BlockRow
 
@@ -84,8 +87,37 @@ def _choice(complete: int, generator: torch.Generator) -> torch.Tensor:  # [5] o
     return torch.cat([chosen, torch.full((5 - len(chosen),), -1)])
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("names", [("v",), ("v", "k_rotated")])
+@torch.no_grad()
+def test_keys_that_follow_from_values_are_rebuilt_in_the_kernel(names: tuple[str, ...], precision: str) -> None:
+    """A prompt in chunks, then single queries: the numbers of keys that torch rebuilds, so only sums differ."""
+    generator, rotations = (
+        torch.Generator().manual_seed(3),
+        KeyRotations(frequencies({"rope_type": "proportional", "partial_rotary_factor": 0.25}, 64)),
+    )
+    norm = RMSNorm(64, 1e-6)
+    norm.weight = torch.nn.Parameter((1 + torch.rand(64, generator=generator)).bfloat16())
+    rebuild, widths = KeyFromValue(norm, rotations), {"v": 64, "k_rotated": 16}
+    layout = CacheLayout((LayerCache("full", 0, tuple(Stream(name, 2, widths[name]) for name in names)),))
+    arena = Arena(200, layout.page_bytes(precision))
+    arena.pages.fill_(0xFF)
+    cache, sequence = PagedCache(layout, precision), SequenceCache(layout, arena, precision)
+    for count in (130, 1, 37, 1):
+        sequence.reserve(count)
+        step = PagedStep(cache, [sequence], [count])
+        v = torch.randn(count, 2, 64, generator=generator).bfloat16()
+        rows = {"v": v, "k_rotated": rotated_part(rebuild({"v": v}, step.positions), rotations.moving)}
+        step.append(0, {name: rows[name] for name in names})
+        q = torch.randn(count, 16, 64, generator=generator).bfloat16()
+        got = step.attend(0, q, scale=0.1, rebuild=rebuild)
+        wanted = Step.attend(step, 0, q, scale=0.1, rebuild=rebuild)
+        assert (got.float() - wanted.float()).abs().max() < 2.0**-5
+        assert cache.tiled_attention.of(0, arena) is not None
+        sequence.commit(count)
+
+
 def test_what_the_kernels_leave_to_torch() -> None:
-    assert not attended_kinds(LayerCache("full", 0, (Stream("k_rotated", 1, 16), Stream("v", 1, 64))))  # keys are rebuilt
     assert not attended_kinds(LayerCache("full", 0, (Stream("k", 1, 7), Stream("v", 1, 7))))  # pairs of numbers
     assert not attended_kinds(LayerCache("full", 0, (Stream("k", 1, 8, window=4), Stream("v", 1, 8))))
     assert not attended_kinds(LayerCache("csa2", 0, (WINDOW,), borrowed=((0, WINDOW),)))

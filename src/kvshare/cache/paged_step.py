@@ -20,6 +20,7 @@ from kvshare.cache.tiled_attention import TiledAttention
 from kvshare.kernels.row_kind import RowEncoder, row_encoder
 from kvshare.kernels.row_selection import SelectionSpan
 from kvshare.kernels.step_spans import StepSpans, TokenSpan
+from kvshare.layers.key_from_value import KeyFromValue
 from kvshare.layout import CacheLayout, PrecisionChoice, Stream
 
 _STATE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32}
@@ -96,6 +97,8 @@ class PagedStep(Step):
         owner, arena = self.layout.owner[layer], self.arena
         single = self.cache.native_attention.of(owner, arena, q.dtype)
         many = self.cache.tiled_attention.of(owner, arena) if q.dtype == torch.bfloat16 else None
+        if many is not None and many.kernel.rebuilds and (not isinstance(rebuild, KeyFromValue) or rebuild.weight.dtype != q.dtype):
+            many = None
         if single is None and many is None:
             return super().attend(layer, q, scale=scale, softcap=softcap, sinks=sinks, entries=entries, rebuild=rebuild)
         out = q.new_empty(*q.shape[:2], self.layout.layers[owner].value_width)
@@ -114,7 +117,8 @@ class PagedStep(Step):
         if single is not None and singles:
             single.attend(q, out, self.native_spans, scale=scale, softcap=softcap, sinks=sinks)
         if many is not None and spans:
-            many.kernel.attend(q, out, self.positions, spans, scale=scale, softcap=softcap, sinks=sinks)
+            kept = rebuild if isinstance(rebuild, KeyFromValue) else None
+            many.kernel.attend(q, out, self.positions, spans, scale=scale, softcap=softcap, sinks=sinks, rebuild=kept)
         return out
 
     def _select(self, owner: int, stream: Stream, q: Tensor, weights: Tensor, top_k: int) -> Tensor:

@@ -62,20 +62,33 @@ class TiledAttention:
             if of_keys is None or of_values is None or max(k.width, v.width) > WIDEST:
                 return None
             bound.append((k, of_keys, v, of_values))
+        rebuilds = is_rebuilt(self.layout.layers[owner])
+        if rebuilds and any(kind.rotated for _, *both in bound for kind in (both[0], both[2])):
+            return None  # weights and rotations of keys are those of the numbers before
         if len({(of_keys.rotated, of_values.rotated) for _, of_keys, _, of_values in bound}) > 1:
             return None
-        return TiledRows(owner, kinds, TileAttention(arena, bound, balance))
+        return TiledRows(owner, kinds, TileAttention(arena, bound, balance, rebuilds=rebuilds))
 
 
 def attended_kinds(layer: LayerCache) -> list[tuple[Stream, Stream]]:
-    """Keys and values of each kind of row in a layer that stores whole keys, of even and equal widths; none for every other layer."""
+    """Keys and values of each kind of row in a layer, of even and equal widths; none where kernels cannot read them.
+
+    Where keys are rebuilt, their rotated part stands for them, or the values themselves.
+    """
     streams = [stream for stream in layer.streams if stream.name != "index"]
     names = {stream.source for stream in streams}
     if layer.borrowed:
         return []
     if names == {"k", "v"}:
         kinds = keys_and_values(layer)
+    elif is_rebuilt(layer):
+        kinds = [(layer.stream("k_rotated" if "k_rotated" in names else "v"), layer.stream("v"))]
     else:
         kinds = [(stream, stream) for stream in streams] if names <= {"kv", "entry", "latent"} else []
     shapes = {(k.heads, k.width, v.width) for k, v in kinds}
     return kinds if len(shapes) == 1 and not any(width % 2 for _, *widths in shapes for width in widths) else []
+
+
+def is_rebuilt(layer: LayerCache) -> bool:
+    """Whether a layer stores values, and keys are made from them."""
+    return not layer.borrowed and {stream.name for stream in layer.streams} in ({"v"}, {"v", "k_rotated"})

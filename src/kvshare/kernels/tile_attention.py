@@ -14,6 +14,7 @@ from kvshare.kernels.row_kind import RowKind, stream_shape
 
 if TYPE_CHECKING:
     from kvshare.cache.tables import PageTable
+    from kvshare.layers.key_from_value import KeyFromValue
     from kvshare.layout import Stream
 
 
@@ -51,19 +52,23 @@ class TileAttention:
         arena: Arena,
         kinds: Sequence[tuple[Stream, RowKind, Stream, RowKind]],
         balance: Tensor | None = None,  # [kv_heads, key_width], powers of two
+        *,
+        rebuilds: bool = False,
     ):
         """`kinds`: keys and how they are encoded, values and how they are. Heads, widths (even) and rotation are the same in all.
 
-        `balance` is what keys were divided by before they were encoded: queries are multiplied by it.
+        `balance` is what keys were divided by before they were encoded: queries are multiplied by it. With `rebuilds` keys follow from the
+        values, a tile at a time; their stream is that of the values, or holds the part of them that a rotation moved.
         """
         self.arena, self.balance = arena, balance
         k, _, v, _ = kinds[0]
-        self.kv_heads, self.key_width, self.value_width = k.heads, k.width, v.width
+        self.rebuilds = rebuilds
+        self.kv_heads, self.key_width, self.value_width = k.heads, v.width if rebuilds else k.width, v.width
         streams = []
         for k, kind_of_keys, v, kind_of_values in kinds:
             shapes = stream_shape(arena, k.heads, k.width, kind_of_keys), stream_shape(arena, v.heads, v.width, kind_of_values)
             streams.append((*shapes, k is v, k.tokens_per_row, k.window or 0, k.behind))
-        self._native = module().TileAttention(arena.pages.data_ptr(), arena.page_bytes, streams, self.kv_heads)
+        self._native = module().TileAttention(arena.pages.data_ptr(), arena.page_bytes, streams, self.kv_heads, rebuilds)
 
     def attend(
         self,
@@ -75,6 +80,7 @@ class TileAttention:
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,  # [query_heads]
+        rebuild: KeyFromValue | None = None,  # where the kernel `rebuilds`
     ) -> None:
         heads = q.shape[1]
         assert q.dtype == out.dtype == torch.bfloat16
@@ -99,7 +105,22 @@ class TileAttention:
             scale,
             softcap or 0.0,
             0 if sinks is None else sinks.data_ptr(),
+            self._rebuild(rebuild, spans),
         )
+
+    def _rebuild(self, rebuild: KeyFromValue | None, spans: Sequence[TileSpan]) -> tuple[int, int, int, int]:
+        """Addresses of the norm's weight, and of cosines and sines for every row where the kernel is to rotate; and how many pairs."""
+        if not self.rebuilds:
+            return 0, 0, 0, 0
+        assert rebuild is not None
+        weight, moving = rebuild.weight, rebuild.rotations.moving
+        assert weight.dtype == torch.bfloat16
+        assert weight.is_contiguous()
+        ends = [rows.values.end_page * rows.values.rows_per_page for span in spans for rows in span.rows if rows.keys is rows.values]
+        if not ends:
+            return weight.data_ptr(), 0, 0, moving
+        cos, sin = rebuild.rotations.table(max(ends))
+        return weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), moving
 
 
 def _addresses(keys: PageTable, values: PageTable, chosen: Tensor | None) -> tuple[int, int, int, int, int, int]:

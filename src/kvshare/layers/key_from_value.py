@@ -8,11 +8,15 @@ numbers. In bfloat16 V was rounded before it is multiplied: a rebuilt number is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvshare.layers.norm import RMSNorm
 from kvshare.layers.rotary import Frequencies, Rotation
+
+_FIRST_TABLE = 4096  # positions; later ones are twice as long
 
 
 class KeyRotations:
@@ -22,12 +26,39 @@ class KeyRotations:
         self.moving = int(frequencies.inverse.count_nonzero())  # pairs that the rotation moves at all; they come first
         self._frequencies = Frequencies(frequencies.inverse[: self.moving], frequencies.factor)
         self._last: tuple[tuple[object, ...], Rotation] | None = None
+        self._table: tuple[Tensor, Tensor] | None = None
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Rotation:  # ascending positions [rows]
         key = (int(positions[0]), len(positions), dtype)
         if self._last is None or self._last[0] != key:
             self._last = key, self._frequencies.at(positions, dtype)
         return self._last[1]
+
+    def table(self, count: int) -> tuple[Tensor, Tensor]:  # -> 2 x bfloat16 [at least `count` positions, moving]
+        """Cosines and sines of all positions from 0 on, for kernels. Shared by all layers; grows."""
+        if self._table is None or len(self._table[0]) < count:
+            size = _FIRST_TABLE
+            while size < count:
+                size *= 2
+            rotation = self._frequencies.at(torch.arange(size), torch.bfloat16)
+            self._table = rotation.cos[:, 0].contiguous(), rotation.sin[:, 0].contiguous()
+        return self._table
+
+
+class KeyFromValue(NamedTuple):
+    """How an owner's keys are made from what it stores."""
+
+    norm: RMSNorm  # of the keys
+    rotations: KeyRotations
+
+    @property
+    def weight(self) -> Tensor:  # [width]
+        assert self.norm.weight is not None
+        return self.norm.weight
+
+    def __call__(self, rows: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # -> [rows, kv_heads, head_dim]
+        """A `KeyRebuild`: `rebuilt_keys`."""
+        return rebuilt_keys(rows, positions, self.weight, self.rotations)
 
 
 def rotated_part(k: Tensor, moving: int) -> Tensor:  # [rows, heads, width] -> [rows, heads, 2 * moving]

@@ -6,13 +6,13 @@ full layers keys and values may be two norms of one projection (`layers/key_from
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from kvshare.cache.step import KeyRebuild, Step
-from kvshare.layers.key_from_value import KeyRotations, rebuilt_keys, rotated_part
+from kvshare.layers.key_from_value import KeyFromValue, KeyRotations, rotated_part
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm
 from kvshare.layers.reader import KeyProjection
@@ -70,11 +70,11 @@ class Attention(nn.Module):
         step.append(self.index, rows)
         return None if narrows else q
 
-    def keys_from(self, rows: Mapping[str, Tensor], positions: Tensor) -> Tensor:  # -> [rows, kv_heads, head_dim]
-        """This owner's keys from what it stores: a `KeyRebuild`."""
+    @property
+    def keys_from(self) -> KeyFromValue:
+        """This owner's keys from what it stores."""
         assert self.key_rotations is not None
-        assert self.k_norm.weight is not None
-        return rebuilt_keys(rows, positions, self.k_norm.weight, self.key_rotations)
+        return KeyFromValue(self.k_norm, self.key_rotations)
 
     def forward(self, x: Tensor, q: Tensor | None, rotation: Rotation, step: Step) -> Tensor:  # [tokens, hidden]
         """`q` is what `append` returned, if it did."""

@@ -38,8 +38,9 @@ namespace avx512 {
 #include "lanes_avx512.h"
 #include "tile_kernel.h"
 #include "index_kernel.h"
+#include "key_rebuild.h"
 #include "read_memory.h"
 #include "small_ops.h"
 }  // namespace avx512
-const Isa isa_avx512 = {"avx512", avx512::round_avx512, avx512::multiply_avx512, avx512::multiply_bf16_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::encode_head, avx512::spell_avx512, avx512::attend_avx512, avx512::tile_kernel, avx512::score_rows_by_heads, avx512::encode_row, avx512::small_ops, avx512::read_memory};
+const Isa isa_avx512 = {"avx512", avx512::round_avx512, avx512::multiply_avx512, avx512::multiply_bf16_avx512, avx512::decode_avx512, avx512::decode_heads, avx512::encode_head, avx512::spell_avx512, avx512::attend_avx512, avx512::tile_kernel, avx512::score_rows_by_heads, avx512::rebuild_key, avx512::encode_row, avx512::small_ops, avx512::read_memory};
 }  // namespace kvshare

@@ -104,6 +104,8 @@ struct Isa {
     TileKernel tile;
     // scores[i] of TILE_ROWS rows of bfloat16: the sum over an indexer's heads of weight * max(0, q . row).
     void (*score_rows)(const uint8_t* const* rows, const IndexQuery& query, float* scores);
+    // One head of a key from the value of the same row, which stands at `position`; `rotated` is its rotated part, or null.
+    void (*rebuild_key)(const KeyRebuild& rebuild, int width, int64_t position, const uint16_t* v, const uint16_t* rotated, uint16_t* k);
     // One row of k numbers, bfloat16 or float32, as blocks: Q8_0, Q4_1 or Q4_K.
     void (*encode)(BlockType type, const void* numbers, bool bf16, int64_t k, uint8_t* to);
     SmallOps small;

@@ -66,6 +66,13 @@ constexpr int64_t head_bytes(RowKind kind, int width) {
     return code_bytes(kind, width) + (is_plain(kind) ? 0 : kind == RowKind::INT4 ? 4 * groups_of(width) : 2);
 }
 
+// What keys are made from where only values are stored, or these and the `moving` numbers of each half that a rotation moves: all bfloat16.
+struct KeyRebuild {
+    const uint16_t* weight;       // [width] of the keys' norm
+    const uint16_t *cos, *sin;    // [positions, moving]; null where the rotated part is stored
+    int moving;
+};
+
 // The levels of LEVELS4, LEVELS3 and LEVELS2, those above zero (Max 1960, table I); code c is -levels[half - 1 - c], or levels[c - half] from `half` on.
 constexpr float LEVELS_4_BITS[] = {0.128395f, 0.388048f, 0.656759f, 0.942340f, 1.256231f, 1.618046f, 2.069017f, 2.732590f};
 constexpr float LEVELS_3_BITS[] = {0.245094f, 0.756005f, 1.343909f, 2.151946f};

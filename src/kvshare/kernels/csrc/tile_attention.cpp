@@ -35,6 +35,7 @@ struct TileAttention::Work {
     const std::vector<TileSpan>& spans;
     float scale, softcap;
     const float* sinks;
+    const KeyRebuild& rebuild;
 
     int64_t query(const Item& item, int64_t lane) const {  // which of q [tokens * query_heads] stands in a lane of an item
         lane += item.lane;
@@ -159,6 +160,15 @@ void TileAttention::decode_rows(const Isa& isa, const TileStream& stream, int be
     else decode(tile.v, stream.v);
 }
 
+// Keys of rows `begin ... end`, whose values and rotated parts are bfloat16 by now, in `keys` [TILE_ROWS, key width].
+void TileAttention::rebuild_keys(const Isa& isa, const KeyRebuild& rebuild, const TileStream& stream, int begin, int end, uint16_t* keys, Tile& tile) const {
+    for (int i = begin; i < end; i++) {
+        const auto *v = reinterpret_cast<const uint16_t*>(tile.v[i]), *rotated = stream.same ? nullptr : reinterpret_cast<const uint16_t*>(tile.k[i]);
+        isa.rebuild_key(rebuild, key_width_, tile.first + i, v, rotated, keys + (i - begin) * key_width_);
+    }
+    for (int i = 0; i < TILE_ROWS; i++) tile.k[i] = reinterpret_cast<const uint8_t*>(keys + (std::clamp(i, begin, end - 1) - begin) * key_width_);
+}
+
 void rotate_bf16(const Isa& isa, int width, const uint16_t* from, uint16_t* to, const Rotation& rotation, void (Rotation::*way)(float*) const) {
     static thread_local std::vector<float> kept;
     kept.resize(size_t(width));
@@ -213,7 +223,7 @@ void TileAttention::write(const Work& work, const Item& item, const TileQueries*
 void TileAttention::run(const Work& work, const Item& item, float* kept) const {
     static thread_local Scratch scratch;
     const int64_t values = padded(value_width_) * TILE_ROWS / 2, packed = BLOCK_LANES * key_width_ / 2;
-    float* memory = scratch.floats(values + packed + sum_floats() + TILE_ROWS * (key_width_ + value_width_) / 2);
+    float* memory = scratch.floats(values + packed + sum_floats() + TILE_ROWS * (2 * key_width_ + value_width_) / 2);
     uint16_t* decoded = reinterpret_cast<uint16_t*>(memory + values + packed + sum_floats());
     Tile both[2];
     for (Tile& tile : both) tile.values = reinterpret_cast<uint32_t*>(memory);
@@ -242,6 +252,7 @@ void TileAttention::run(const Work& work, const Item& item, float* kept) const {
             Tile& tile = both[t & 1];
             if (t + 1 < end_tile) find(t + 1);
             decode_rows(work.isa, streams_[s], unseen(t), count(t), decoded, tile);
+            if (rebuilds_) rebuild_keys(work.isa, work.rebuild, streams_[s], unseen(t), count(t), decoded + TILE_ROWS * (key_width_ + value_width_), tile);
             tile.next = t + 1 < end_tile ? &both[(t + 1) & 1] : nullptr;
             work.isa.tile.pack_values(tile, unseen(t) & ~1, count(t), value_width_);
             for (int i = 0; i < num_subs; i++) {
@@ -258,8 +269,8 @@ void TileAttention::run(const Work& work, const Item& item, float* kept) const {
 }
 
 void TileAttention::attend(const Isa& isa, const uint16_t* q, uint16_t* out, const int64_t* positions, int query_heads, const std::vector<TileSpan>& spans, float scale,
-                           float softcap, const float* sinks) const {
-    const Work work{isa, q, out, positions, query_heads, query_heads / kv_heads_, spans, scale, softcap, sinks};
+                           float softcap, const float* sinks, const KeyRebuild& rebuild) const {
+    const Work work{isa, q, out, positions, query_heads, query_heads / kv_heads_, spans, scale, softcap, sinks, rebuild};
     const std::vector<Item> items = cut(work);
     if (items.empty()) return;
     static thread_local Scratch scratch;

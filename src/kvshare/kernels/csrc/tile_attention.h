@@ -48,15 +48,16 @@ void rotate_bf16(const Isa& isa, int width, const uint16_t* from, uint16_t* to, 
 
 class TileAttention {
   public:
-    // All streams have the same widths, and heads that are rotated alike.
-    TileAttention(const uint8_t* arena, int64_t page_bytes, std::vector<TileStream> streams, int kv_heads)
-        : arena_(arena), page_bytes_(page_bytes), streams_(std::move(streams)), kv_heads_(kv_heads), key_width_(streams_[0].k.width), value_width_(streams_[0].v.width) {}
+    // All streams have the same widths, and heads that are rotated alike. `rebuilds`: keys follow from the values, and the stream of keys is the
+    // values' own, or holds the rotated part of the keys.
+    TileAttention(const uint8_t* arena, int64_t page_bytes, std::vector<TileStream> streams, int kv_heads, bool rebuilds)
+        : arena_(arena), page_bytes_(page_bytes), streams_(std::move(streams)), kv_heads_(kv_heads), rebuilds_(rebuilds), key_width_(rebuilds ? streams_[0].v.width : streams_[0].k.width), value_width_(streams_[0].v.width) {}
 
     // out[t] = softmax(scale * q[t] . k) v over the rows of all streams that position[t] sees. bfloat16: q [tokens, query_heads, key_width] and
     // out [tokens, query_heads, value_width]; positions [tokens]; sinks [query_heads] or null. Only rows of the spans are written. A sequence is
     // cut the same way whatever else runs beside it, and whatever the number of threads.
     void attend(const Isa& isa, const uint16_t* q, uint16_t* out, const int64_t* positions, int query_heads, const std::vector<TileSpan>& spans, float scale,
-                float softcap, const float* sinks) const;
+                float softcap, const float* sinks, const KeyRebuild& rebuild) const;
 
   private:
     struct Item;
@@ -69,12 +70,15 @@ class TileAttention {
     int bind(const Work& work, const Item& item, float* packed, float* sums, const int32_t* first, const int32_t* end, TileQueries* subs) const;
     void find_rows(const TileStream& stream, const TileRows& rows, int64_t first, int begin, int end, int kv_head, Tile& tile) const;
     void decode_rows(const Isa& isa, const TileStream& stream, int begin, int end, uint16_t* decoded, Tile& tile) const;
+    void rebuild_keys(const Isa& isa, const KeyRebuild& rebuild, const TileStream& stream, int begin, int end, uint16_t* keys, Tile& tile) const;
     int64_t sum_floats() const;  // that one block of queries sums up
 
     const uint8_t* arena_;
     int64_t page_bytes_;
     std::vector<TileStream> streams_;
-    int kv_heads_, key_width_, value_width_;
+    int kv_heads_;
+    bool rebuilds_;
+    int key_width_, value_width_;
 };
 
 }  // namespace kvshare
