@@ -34,6 +34,10 @@ inline float exponential(float x) {
     return p * power;
 }
 
+// Of values: a loop with std::min's and std::max's references is not vectorised.
+inline float at_least(float x, float least) { return x < least ? least : x; }
+inline float at_most(float x, float most) { return x > most ? most : x; }
+
 inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 inline float gelu_tanh(float x) { return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x))); }  // 2 sqrt(2 / pi)
 
@@ -148,20 +152,21 @@ template <typename T>
 void gate_rows(const GateTask& task, int64_t begin, int64_t end) {
     const Activation& activation = task.activation;
     const float limit = activation.limit;
+    const int64_t width = task.width;
     for (int64_t row = begin; row < end; row++) {
         const T *gate = static_cast<const T*>(task.gate) + row * task.gate_stride, *up = static_cast<const T*>(task.up) + row * task.up_stride;
-        T* out = static_cast<T*>(task.out) + row * task.width;
-        const auto all = [&](auto activated) {
+        T* out = static_cast<T*>(task.out) + row * width;
+        const auto all = [=](auto activated) {
 #pragma omp simd
-            for (int64_t i = 0; i < task.width; i++) out[i] = stored<T>(rounded<T>(activated(number(gate[i]))) * std::min(std::max(number(up[i]), -limit), limit));
+            for (int64_t i = 0; i < width; i++) out[i] = stored<T>(rounded<T>(activated(number(gate[i]))) * at_most(at_least(number(up[i]), -limit), limit));
         };
         if (activation.deviations > -INFINITY) {
             const float cut = gate_cut(gate, task.width, activation.deviations);
-            all([=](float g) { return gelu_tanh(std::max(rounded<T>(g - cut), 0.0f)); });
+            all([=](float g) { return gelu_tanh(at_least(rounded<T>(g - cut), 0.0f)); });
         } else if (activation.gelu) {
             all([](float g) { return gelu_tanh(g); });
         } else {
-            all([=](float g) { return silu(std::min(g, limit)); });
+            all([=](float g) { return silu(at_most(g, limit)); });
         }
     }
 }
