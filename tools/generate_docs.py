@@ -124,11 +124,19 @@ def measurements(file: Path) -> str:
     return "\n".join(markdown(json.loads(each.read_text())) + "\n" for each in files)
 
 
+def speed() -> str:
+    """How kvshare compares with other engines, of all benchmarks that are kept."""
+    from benchmarks.highlights import against_others
+
+    return against_others(json.loads(file.read_text()) for file in sorted((ROOT / "benchmarks/results").glob("*.json")))
+
+
 GENERATORS: Mapping[str, Callable[[], str]] = {
     "support table": support_table,
     "planned only": planned_only,
     "families": family_list,
     "bundled configs": bundled_configs,
+    "speed": speed,
 }
 """Parts that no command prints, by what stands behind `output:`."""
 

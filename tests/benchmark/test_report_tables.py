@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.highlights import against_others
 from benchmarks.report import markdown
 from kvshare.benchmark.profile import StepProfile
 
@@ -49,3 +50,15 @@ def test_kernels_and_memory() -> None:
     memory = {"context": 131_072, "last": 600, "base_bytes": 100_000_000, "bar_bytes": 850_000_000, "weights": "int4", "kv_dtype": None}
     memory |= {"chunk": 512, "phases": dict.fromkeys(("base", "load", "prefill", "decode"), phase)}
     assert "| 131,072 | 100 | 800 | 800 | 800 | 850 | 0 | 2 | 1 | 5 | last 600 | 9 |" in markdown({"model": "/a/m", "rows": [memory]})
+
+
+def test_like_is_compared_with_like() -> None:
+    def row(engine: str, seconds: float, number: int = 0) -> dict[str, object]:
+        return {"round": number, "engine": engine, "context": 512, "batch": 1, "ttft_s": seconds, "decode_s": seconds / 10}
+
+    engines = ["kvshare", "llama.cpp", "kvshare-bf16", "transformers"]
+    rows = [row(engine, seconds) for engine, seconds in zip(engines, (1.0, 2.0, 2.0, 8.0), strict=True)]
+    slow = [row("kvshare", 2.0, 1), row("llama.cpp", 4.0, 1)]  # a slower round of the same
+    unfinished = {"round": 0, "engine": "other", "context": 512, "batch": 1, "error": "no"}
+    table = against_others([{"model": "m", "engines": [*engines, "other"], "rows": [*rows, *slow, unfinished]}, {"results": []}])
+    assert table.splitlines()[2:] == ["| m | llama.cpp | 512 tokens | 2.0 × | 2.0 × |", "| m | transformers | 512 tokens | 4.0 × | 4.0 × |"]

@@ -13,8 +13,10 @@ from kvshare import LLM, SamplingParams
 from kvshare.errors import ConfigError
 from kvshare.evaluation.divergence import divergences
 from kvshare.layout.precision import describe_precision, read_precision
+from kvshare.layout import CacheLayout, LayerCache, Stream
 from kvshare.planner import plan
 from kvshare.tuning.assignment import greedy_path
+from kvshare.tuning.candidates import candidates_for
 from kvshare.tuning.tune import tune
 
 SHORT = ("--tokens", 96, "--window", 48)
@@ -28,6 +30,16 @@ def test_the_greedy_path_takes_what_saves_most_for_each_nat() -> None:
     path = greedy_path(options, "bf16")
     assert path[0] == {0: "bf16", 3: "bf16"}
     assert path[1:] == [{0: "int8", 3: "bf16"}, {0: "int8", 3: "int4"}, {0: "int4", 3: "int4"}]
+
+
+def test_newest_rows_are_candidates_where_every_owner_can_keep_them() -> None:
+    values = Stream("v", 1, 64)
+    whole, compact = ((LayerCache("full", 0, streams),) for streams in ((Stream("k", 1, 64), values), (values,)))
+    assert all("+" in name for name in candidates_for(CacheLayout(whole)))
+    names = candidates_for(CacheLayout(compact))
+    assert names
+    for name in names:
+        CacheLayout(compact).stored_in(name)
 
 
 @pytest.mark.parametrize("target", [1e-5, 1e-3, 3e-2, 10.0])

@@ -11,6 +11,7 @@ import typer
 from kvshare.cli import options
 from kvshare.cli.units import format_bytes, parse_tokens
 from kvshare.errors import RequestError
+from kvshare.tuning.candidates import WITH_NEWEST
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,8 +29,13 @@ def tune(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to measure on.")] = 1024,
     window: Annotated[int, typer.Option(min=2, help="Tokens that are run together; each window begins anew.")] = 512,
     candidates: Annotated[
-        str, typer.Option(metavar="NAMES", help="Precisions to choose from beside bf16, separated by commas.")
-    ] = "rot8+32,rot4+128,rot4+32,rot3+128",
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            show_default=f"{','.join(WITH_NEWEST)}, or without newest rows where a layer cannot keep them",
+            help="Precisions to choose from beside bf16, separated by commas.",
+        ),
+    ] = None,
     context: Annotated[
         str, typer.Option(metavar="TOKENS", help="Where bytes are counted: long contexts favour small full layers.")
     ] = "32k",
@@ -53,7 +59,8 @@ def tune(
     content = _read(text) if text is not None else None
     if output is not None and not output.parent.is_dir():
         raise RequestError(f"--output {output}: the directory {output.parent} does not exist")
-    length, names = parse_tokens(context), [name.strip() for name in candidates.split(",") if name.strip()]
+    length = parse_tokens(context)
+    names = None if candidates is None else [name.strip() for name in candidates.split(",") if name.strip()]
 
     from kvshare.checkpoints.progress import progress_bar
     from kvshare.checkpoints.resolve import locate

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits, one row at a time, without ever sorting the vocabulary."""
+"""Choosing the next token from logits, one row at a time; of a large vocabulary only tokens of about the same probability are sorted."""
 
 from __future__ import annotations
 

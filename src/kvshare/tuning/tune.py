@@ -13,9 +13,9 @@ from kvshare.layout import CacheLayout, PrecisionChoice
 from kvshare.layout.rows import precision_named
 from kvshare.models.model import Model
 from kvshare.tuning.assignment import Assignment, greedy_path
+from kvshare.tuning.candidates import candidates_for
 
 REFERENCE = "bf16"
-CANDIDATES = ("rot8+32", "rot4+128", "rot4+32", "rot3+128")
 SAMPLED = 8  # of so many positions one is compared where owners are measured alone, which only orders the steps
 STEPS_BEHIND = 8  # of the greedy path that are tried behind the first one that leads too far
 
@@ -45,7 +45,7 @@ def tune(
     model: Model,
     windows: Sequence[Sequence[int]],
     target_kl: float,
-    candidates: Sequence[str] = CANDIDATES,
+    candidates: Sequence[str] | None = None,  # of `candidates_for` the layout
     context: int = 32_768,
     progress: Progress | None = None,
 ) -> Tuning:
@@ -58,10 +58,11 @@ def tune(
     """
     if not target_kl > 0:
         raise RequestError(f"the target KL must be above 0, not {target_kl:g}: 0.01 nats a token is hard to notice, 0.001 is free")
-    names = [precision_named(name).name for name in dict.fromkeys(candidates) if name != REFERENCE]
+    layout = model.layout
+    named = candidates_for(layout) if candidates is None else candidates
+    names = [precision_named(name).name for name in dict.fromkeys(named) if name != REFERENCE]
     if not names:
         raise RequestError(f"nothing to choose from: name precisions other than {REFERENCE}")
-    layout = model.layout
     trial = _Trial(model, windows, context, progress, len(layout.owners) * len(names) + len(names))
     singles = [{-1: REFERENCE, owner: name} for owner in layout.owners for name in names]
     measured = trial.measure(singles, SAMPLED)
