@@ -12,8 +12,8 @@ from cli.command import Command
 from kvshare import LLM, SamplingParams
 from kvshare.errors import ConfigError
 from kvshare.evaluation.divergence import divergences
-from kvshare.layout.precision import describe_precision, read_precision
 from kvshare.layout import CacheLayout, LayerCache, Stream
+from kvshare.layout.precision import describe_precision, read_precision
 from kvshare.planner import plan
 from kvshare.tuning.assignment import greedy_path
 from kvshare.tuning.candidates import candidates_for
