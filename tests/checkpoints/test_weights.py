@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kvshare.checkpoints import Checkpoint, open_checkpoint
-from kvshare.checkpoints.weights import Source, load_weights
+from kvshare.checkpoints.source import Source
+from kvshare.checkpoints.weights import load_weights
 from kvshare.errors import CheckpointError
 from kvshare.models import build_model
 

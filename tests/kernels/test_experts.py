@@ -16,9 +16,12 @@ from parity.harness import load
 from torch import Tensor, nn
 
 from kvshare import kernels
+from kvshare.checkpoints.block_encoding import block_type, encode_blocks
 from kvshare.kernels import routing
+from kvshare.kernels.quantized_weight import ROWS_IN_BLOCKS
 from kvshare.layers.activations import GatedActivation, geglu, swiglu
 from kvshare.layers.experts import Experts
+from kvshare.layers.quantized_experts import QuantizedExperts
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
 
@@ -72,6 +75,50 @@ def test_an_expert_that_is_not_there_is_refused() -> None:
     layer, x = experts_of(swiglu), random(1, HIDDEN, dtype=torch.bfloat16)
     with torch.no_grad(), pytest.raises(IndexError, match="expert 7 of 6"):
         layer(x, torch.tensor([[7]]), torch.ones(1, 1))
+
+
+def in_blocks(precision: str, activation: GatedActivation = swiglu) -> tuple[QuantizedExperts, Experts]:
+    """Experts in blocks, and with the same weights decoded, in float32."""
+    layer = Experts(EXPERTS, HIDDEN, 64, activation)
+    parts = []
+    with torch.no_grad():
+        for seed, parameter in enumerate((layer.gate_up, layer.down)):
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(seed))
+            packed = encode_blocks(parameter, block_type(precision, parameter.shape[-1]))
+            parameter.copy_(packed.dequantize())
+            parts.append(packed)
+    gate_up, down = parts  # one part for all experts, and one for each
+    return QuantizedExperts(EXPERTS, [gate_up.as_matrix()], [down.part(expert) for expert in range(EXPERTS)], activation), layer
+
+
+@pytest.mark.parametrize("activation", [swiglu, geglu])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_experts_in_blocks_equal_their_twin(precision: str, tokens: int, activation: GatedActivation, isa: str, both: Both) -> None:
+    layer, _ = in_blocks(precision, activation)
+    x, beside = (random(tokens, HIDDEN, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+    chosen, weights = choices(tokens, 4)
+    assert_equal(*both(lambda x: layer(x, chosen, weights, scale=2.5, beside=beside), x), 10.0)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, ROWS_IN_BLOCKS, ROWS_IN_BLOCKS + 1, 200])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_experts_in_blocks_are_those_of_their_decoded_weights(precision: str, tokens: int, isa: str) -> None:
+    blocks, decoded = in_blocks(precision)
+    x, (chosen, weights) = random(tokens, HIDDEN, dtype=torch.float32), choices(tokens, 3)
+    with torch.no_grad():
+        found, expected = blocks(x, chosen, weights), decoded(x, chosen, weights)
+    assert (found - expected).square().mean() < 1e-8 * expected.square().mean()
+
+
+def test_a_token_in_blocks_does_not_depend_on_its_neighbours(isa: str) -> None:
+    layer, _ = in_blocks("int4")
+    x, (chosen, weights) = random(9, HIDDEN, dtype=torch.bfloat16), choices(9, 3)
+    with torch.no_grad():
+        together = layer(x, chosen, weights)
+        for row in range(9):
+            one = slice(row, row + 1)
+            assert torch.equal(together[one], layer(x[one], chosen[one], weights[one]))
 
 
 def oracle(family: str) -> Any:

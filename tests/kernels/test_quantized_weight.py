@@ -9,6 +9,7 @@ from torch import Tensor
 from kvshare import kernels
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.gguf_header import BLOCK_TYPES
+from kvshare.kernels.interleaved_blocks import interleave
 from kvshare.kernels.quantized_weight import BLOCK_TYPES as NAMES
 from kvshare.kernels.quantized_weight import LARGEST_Q, ROWS_IN_BLOCKS, SMALLEST, QuantizedWeight, reference_matmul, round_activations
 from kvshare.layers.linear import Linear
@@ -106,6 +107,20 @@ def test_parts_of_several_formats_lie_behind_one_another(isa: str) -> None:
     assert weight.out_features == 113
     for start, end in ((0, 113), (0, 40), (40, 59), (39, 81), (112, 113), (50, 50)):
         assert_equals_twin(weight.matmul(x, start, end), parts, x, start, end)
+
+
+def test_parts_that_lie_behind_one_another_in_memory_are_multiplied_as_one(isa: str) -> None:
+    """As parts, some joined and some not, and as the one matrix that they are: interleaved or not, the same to the bit."""
+    whole = packed("Q4_K", 112, 512)
+    sizes, x = (32, 48, 5, 27), torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+    parts = [PackedBlocks(whole.type, (len(blocks), 512), blocks) for blocks in whole.blocks.split(sizes)]
+    places = torch.empty_like(whole.blocks).split(sizes)
+    interleaved = [interleave(part, place.flatten()) for part, place in zip(parts, places, strict=True)]
+    expected = QuantizedWeight([whole])
+    for weight in (QuantizedWeight(parts), QuantizedWeight(interleaved), QuantizedWeight([parts[0], *interleaved[1:3], parts[3]])):
+        for start, end in ((0, 112), (31, 81), (80, 85), (84, 86)):
+            assert torch.equal(weight.matmul(x, start, end), expected.matmul(x, start, end))
+        assert torch.equal(weight.decode(0, 112, torch.float32), expected.decode(0, 112, torch.float32))
 
 
 def test_many_rows_are_multiplied_with_decoded_weights(isa: str) -> None:

@@ -48,9 +48,9 @@ SHAPES = {
 }
 
 
-def build(name: str) -> Any:
-    kind, changes = SHAPES[name]
-    config = kind(**{**BASE, **changes})
+def build(name: str, **changes: Any) -> Any:
+    kind, own = SHAPES[name]
+    config = kind(**{**BASE, **own, **changes})
     return randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.kernels.quantized_weight import QuantizedWeight
-from kvshare.layers.experts import Experts
+from kvshare.layers.experts import RoutedExperts
 from kvshare.layout import CacheLayout, PrecisionChoice, Stream, layout_from_config
 from kvshare.layout.config import Fields, text_config
 from kvshare.models.model import Model
@@ -30,7 +30,7 @@ def weight_bytes(model: Model) -> WeightBytes | None:
 
     None for models with routed experts: which of them a step reads depends on the tokens.
     """
-    if any(isinstance(module, Experts) for module in model.modules()):
+    if any(isinstance(module, RoutedExperts) for module in model.modules()):
         return None
     tables = set(model.memory_mapped)
     if getattr(model, "head", None) is not None:
@@ -66,7 +66,7 @@ def prompt_flops(model: Model, config: Mapping[str, Any], context: int) -> Promp
     fields, layout = Fields(text_config(config)), layout_from_config(config)
     if any({stream.name for stream in layout.streams_of(index)} != {"k", "v"} for index in range(len(layout.layers))):
         return None
-    if any(isinstance(module, Experts) for module in model.modules()):
+    if any(isinstance(module, RoutedExperts) for module in model.modules()):
         return None
     listed = "num_attention_heads_per_layer"
     heads = fields.per_layer(listed if fields.has(listed) else "num_attention_heads", len(layout.layers))

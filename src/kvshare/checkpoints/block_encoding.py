@@ -31,13 +31,14 @@ def block_type(precision: str, width: int) -> BlockType:
     return next(forms[name] for name in PRECISIONS[precision] if width % forms[name].block_size == 0)
 
 
-def encode_blocks(weight: Tensor, form: BlockType) -> PackedBlocks:  # [rows, width], any floating-point type
+def encode_blocks(weight: Tensor, form: BlockType) -> PackedBlocks:  # [..., width], any floating-point type
     """All of `weight` in blocks of `form`."""
     return PackedBlocks(form, tuple(weight.shape), torch.cat(list(encoded_rows(weight, form))))
 
 
-def encoded_rows(weight: Tensor, form: BlockType) -> Iterator[Tensor]:  # [rows, width] -> uint8 [some rows, row bytes]
-    """The rows of `weight` in blocks of `form`, some at a time."""
+def encoded_rows(weight: Tensor, form: BlockType) -> Iterator[Tensor]:  # [..., width] -> uint8 [some rows, row bytes]
+    """The rows of `weight`, those of a stack one below the other, in blocks of `form`, some at a time."""
+    weight = weight.flatten(0, -2)
     encode = _encode_natively if native.available() else encode_in_torch
     step = max(1, _NUMBERS_AT_ONCE // weight.shape[1])
     for start in range(0, len(weight), step):

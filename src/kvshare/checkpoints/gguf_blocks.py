@@ -43,6 +43,10 @@ class PackedBlocks:
         rows = prod(self.shape[1:-1])
         return PackedBlocks(self.type, self.shape[1:], self.blocks[index * rows : (index + 1) * rows])
 
+    def as_matrix(self) -> PackedBlocks:
+        """The same rows as one matrix: those of a stack one below the other."""
+        return PackedBlocks(self.type, (len(self.blocks), self.shape[-1]), self.blocks)
+
     def reordered(self, order: Tensor) -> PackedBlocks:
         """The rows in another order: a copy. # order [rows]"""
         return PackedBlocks(self.type, self.shape, self.blocks[order])

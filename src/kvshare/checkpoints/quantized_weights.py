@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kvshare.checkpoints.block_encoding import block_type, encode_blocks, encoded_rows
+from kvshare.checkpoints.block_encoding import GROUP, block_type, encode_blocks, encoded_rows
+from kvshare.checkpoints.block_layers import block_matrices
 from kvshare.checkpoints.checkpoint import Checkpoint
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.progress import Notice, Progress, ignore
 from kvshare.checkpoints.weight_cache import Entry, Unusable, WeightCache
-from kvshare.checkpoints.weights import plain_matrices
+from kvshare.checkpoints.weights import matched_sources
 
 if TYPE_CHECKING:
     from kvshare.checkpoints.tokenizer import Tokenizer
@@ -103,6 +104,18 @@ def quantize(
             progress(done, cache.nbytes)
     notice(f"weights: {size} in memory")
     return QuantizedCheckpoint(checkpoint, blocks)
+
+
+def plain_matrices(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The checkpoint's tensors that may be quantized and are not yet: weights of linear layers, embeddings and experts, and mapped tables.
+
+    Raises `CheckpointError` for a checkpoint that is not `model`'s.
+    """
+    sources = matched_sources(model, checkpoint)
+    weights = [name for names in block_matrices(model, sources).values() for name in names]
+    tables = [name for name in getattr(model, "memory_mapped", ()) if sources[name].combine is None]
+    parts = dict.fromkeys(part for name in (*weights, *tables) for part in sources[name].names)
+    return tuple(part for part in parts if checkpoint.shape(part)[-1] % GROUP == 0 and checkpoint.packed(part) is None)
 
 
 def _cached(cache: WeightCache, checkpoint: Checkpoint, progress: Progress | None, notice: Notice) -> dict[str, PackedBlocks]:

@@ -4,50 +4,26 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from kvshare.checkpoints.block_encoding import GROUP
+from kvshare.checkpoints.block_layers import layers_in_blocks, put_block_layer
 from kvshare.checkpoints.checkpoint import Checkpoint
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.mapped_rows import expect_random_reads
 from kvshare.checkpoints.progress import Progress
 from kvshare.checkpoints.resident import ResidentMemory
+from kvshare.checkpoints.source import Source
 from kvshare.errors import CheckpointError
-from kvshare.kernels.quantized_weight import BLOCK_TYPES
-from kvshare.layers.embedding import Embedding
-from kvshare.layers.linear import Linear
-from kvshare.layers.quantized_linear import quantized_layer
 from kvshare.layout import layout_from_config
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # names listed in a message before "and N more"
 _KEY_VALUE = re.compile(r"^model\.layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm|v_norm)\.")
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Which checkpoint tensors make up one parameter. Without `combine` one is taken as it is and several are joined along dimension 0.
-
-    `combine` must be a pure function of the tensors: it is run on the meta device first, to learn the shape it gives.
-    `otherwise` is what is taken from a checkpoint that does not hold all of `names`: a released model and its re-save may differ in them.
-    """
-
-    names: tuple[str, ...]
-    combine: Callable[[list[Tensor]], Tensor] | None = None
-    otherwise: Source | None = None
-
-    def present_in(self, names: Collection[str]) -> Source:
-        """This source, or the first of those behind it whose tensors are all in `names`; this one if none is."""
-        source: Source | None = self
-        while source is not None and not all(name in names for name in source.names):
-            source = source.otherwise
-        return source or self
 
 
 class Loadable(Protocol):
@@ -73,17 +49,18 @@ def load_weights(
 ) -> tuple[str, ...]:
     """Fill `model`, built on the meta device, from `checkpoint`: floating-point numbers become `dtype`, integers stay what they are.
 
-    With `keep_blocks`, linear layers and embeddings that the checkpoint holds in quantized blocks keep them, and native kernels multiply
-    with the blocks; without, all are widened to `dtype`.
+    With `keep_blocks`, linear layers, embeddings and experts that the checkpoint holds in quantized blocks keep them, and native kernels
+    multiply with the blocks; without, all are widened to `dtype`.
     Every shape is compared before any data is read. A tensor that is stored in the dtype it is wanted in, and blocks, stay views of
     the mapped file, unless `resident` holds copies of all but the `memory_mapped` ones. Returns (and logs) the tensors of the file
     that nobody reads, but for the k and v of layers that share another layer's cache, which are expected to lie there dead. Raises
     `CheckpointError` for tensors that are missing or of another shape.
     """
-    sources = _matched_sources(model, checkpoint)
+    sources = matched_sources(model, checkpoint)
     wanted = model.state_dict(keep_vars=True)
     keep_float32, mapped = (frozenset(getattr(model, attribute, ())) for attribute in ("keep_float32", "memory_mapped"))
-    in_blocks = _block_layers(model, sources, checkpoint) if keep_blocks else frozenset()
+    block_layers = layers_in_blocks(model, sources, checkpoint) if keep_blocks else {}
+    in_blocks = {name for names in block_layers.values() for name in names}
     total = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in wanted.values()}.values())
     done, loaded = 0, {}
     for name, old in wanted.items():
@@ -100,28 +77,19 @@ def load_weights(
             if progress:
                 progress(done, total)
         _assign(model, name, loaded[id(old)])
-    for name in sorted(in_blocks):  # behind the rest: the layer takes its bias along
-        _make_block_layer(model, name, sources[name], checkpoint, dtype, resident)
-        done += wanted[name].nbytes
+    for path, names in sorted(block_layers.items()):  # behind the rest: the layer takes its bias along
+        put_block_layer(model, path, [sources[name] for name in names], checkpoint, dtype, resident)
+        done += sum(wanted[name].nbytes for name in names)
         if progress:
             progress(done, total)
     return _report_unread(checkpoint, sources)
 
 
-def plain_matrices(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The checkpoint's tensors that may be quantized and are not yet: weights of linear layers and embeddings, and mapped tables.
+def matched_sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Source]:
+    """Where each parameter comes from in this checkpoint, which is checked to have it in the right shape.
 
-    Raises `CheckpointError` for a checkpoint that is not `model`'s.
+    Raises `CheckpointError` for tensors that are missing or of another shape, before any data is read.
     """
-    sources = _matched_sources(model, checkpoint)
-    layers = [f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Linear | Embedding)]
-    names = [name for name in (*layers, *getattr(model, "memory_mapped", ())) if sources[name].combine is None]
-    parts = dict.fromkeys(part for name in names for part in sources[name].names)
-    return tuple(part for part in parts if checkpoint.shape(part)[-1] % GROUP == 0 and checkpoint.packed(part) is None)
-
-
-def _matched_sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Source]:
-    """Where each parameter comes from in this checkpoint, which is checked to have it in the right shape."""
     present = checkpoint.names()
     sources = {name: source.present_in(present) for name, source in cast(Loadable, model).weight_sources().items()}
     wanted = model.state_dict(keep_vars=True)
@@ -145,7 +113,7 @@ def _check_file(wanted: Mapping[str, Tensor], sources: Mapping[str, Source], che
     wrong = []
     for name, tensor in wanted.items():
         shapes = [checkpoint.shape(part) for part in sources[name].names]
-        found = _shape_of(sources[name], shapes)
+        found = sources[name].shape_of(shapes)
         if found != tuple(tensor.shape):
             parts = " + ".join(f"{part} {list(shape)}" for part, shape in zip(sources[name].names[:_SHOWN], shapes, strict=False))
             wrong.append(f"{parts} for a parameter of shape {list(tensor.shape)}")
@@ -153,54 +121,18 @@ def _check_file(wanted: Mapping[str, Tensor], sources: Mapping[str, Source], che
         raise CheckpointError(f"{checkpoint.origin}: {len(wrong)} tensors have another shape than the config says: {_listed(wrong)}")
 
 
-def _shape_of(source: Source, shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The shape that the source's tensors give together; None where they do not fit each other."""
-    if len(shapes) == 1 and source.combine is None:
-        return shapes[0]
-    if source.combine is None:  # worked out by hand: the first use of the meta device imports a second's worth of torch
-        fits = all(shapes) and len({shape[1:] for shape in shapes}) == 1
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if fits else None
-    try:
-        return tuple(source.combine([torch.empty(shape, device="meta") for shape in shapes]).shape)
-    except (RuntimeError, IndexError, ValueError, TypeError):
-        return None
-
-
-def _block_layers(model: nn.Module, sources: Mapping[str, Source], checkpoint: Checkpoint) -> frozenset[str]:
-    """The parameters that stay blocks: weights of linear layers and embeddings of which the checkpoint holds a part in blocks."""
-    names = set()
-    for path, module in model.named_modules():
-        if not isinstance(module, Linear | Embedding):
-            continue
-        name, (width, source) = f"{path}.weight", (module.weight.shape[1], sources[f"{path}.weight"])
-        kept = {part.type.name for part in map(checkpoint.packed, source.names) if part is not None}
-        if source.combine is None and kept and width % GROUP == 0 and kept <= set(BLOCK_TYPES):
-            names.add(name)
-    return frozenset(names)
-
-
-def _make_block_layer(
-    model: nn.Module, name: str, source: Source, checkpoint: Checkpoint, dtype: torch.dtype, resident: ResidentMemory | None
-) -> None:
-    """Put a layer that multiplies with blocks in the place of the one whose weight is `name`."""
-    path = name.removesuffix(".weight")
-    parts = [checkpoint.packed(part) or checkpoint.get(part, torch.bfloat16).contiguous() for part in source.names]
-    if resident:
-        parts = [resident.hold(part) if isinstance(part, Tensor) else resident.hold_blocks(part) for part in parts]
-    model.set_submodule(path, quantized_layer(model.get_submodule(path), parts, dtype))
-
-
 def _read(checkpoint: Checkpoint, source: Source, dtype: torch.dtype) -> Tensor:
     """The source's tensor in `dtype`. Joined parts are converted one by one, so that no second copy of the whole exists."""
     if source.combine is not None:
         return source.combine([checkpoint.get(name, dtype) for name in source.names])
     if len(source.names) == 1:
-        return checkpoint.get(source.names[0], dtype)
-    shapes = [checkpoint.shape(name) for name in source.names]
-    whole = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=dtype)
-    for name, rows in zip(source.names, whole.split([shape[0] for shape in shapes]), strict=True):
-        rows.copy_(checkpoint.get(name, dtype))
-    return whole
+        whole = checkpoint.get(source.names[0], dtype)
+    else:
+        shapes = [checkpoint.shape(name) for name in source.names]
+        whole = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=dtype)
+        for name, rows in zip(source.names, whole.split([shape[0] for shape in shapes]), strict=True):
+            rows.copy_(checkpoint.get(name, dtype))
+    return whole if source.stack is None else whole.unflatten(0, (source.stack, -1))
 
 
 def _mapped(checkpoint: Checkpoint, source: Source) -> Tensor | PackedBlocks:

@@ -15,6 +15,7 @@ from kvshare.doctor.report import Check
 from kvshare.doctor.running import one_shot
 from kvshare.engine.llm import free_memory
 from kvshare.layers.quantized_embedding import QuantizedEmbedding
+from kvshare.layers.quantized_experts import QuantizedExperts
 from kvshare.layers.quantized_linear import QuantizedLinear
 from kvshare.layout import CacheLayout, PrecisionChoice
 from kvshare.layout.precision import describe_precision
@@ -42,7 +43,7 @@ def is_lossy(layout: CacheLayout, precision: PrecisionChoice) -> bool:
 
 def has_blocks(model: Model) -> bool:
     """Whether any weights are multiplied as quantized blocks."""
-    return any(isinstance(module, QuantizedLinear | QuantizedEmbedding) for module in model.modules())
+    return any(isinstance(module, QuantizedLinear | QuantizedEmbedding | QuantizedExperts) for module in model.modules())
 
 
 def weights_check(

@@ -30,3 +30,7 @@ class Linear(nn.Module):
             return F.linear(x, self.weight[start:end], bias)
         out = native.matmul(x, start, end)
         return out if bias is None else out.add_(bias)
+
+
+class RouterLinear(Linear):
+    """A linear layer by whose outputs a router chooses. Its weight is small and decides, so it is never kept in quantized blocks."""

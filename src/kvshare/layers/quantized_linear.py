@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.kernels.interleaved_blocks import InterleavedBlocks
 from kvshare.kernels.quantized_weight import QuantizedWeight
-from kvshare.layers.embedding import Embedding
-from kvshare.layers.linear import Linear
-from kvshare.layers.quantized_embedding import QuantizedEmbedding
 
 
 class QuantizedLinear(nn.Module):
@@ -34,13 +30,3 @@ class QuantizedLinear(nn.Module):
         """Only outputs `start:end`: one of the projections that lie together."""
         out = self.weight.matmul(x, start, end)
         return out if self.bias is None else out.add_(self.bias[start:end].to(out.dtype))
-
-
-def quantized_layer(layer: nn.Module, parts: Sequence[PackedBlocks | InterleavedBlocks | Tensor], dtype: torch.dtype) -> nn.Module:
-    """What stands in for a `Linear` or an `Embedding` whose weight is these blocks."""
-    assert isinstance(layer, Linear | Embedding)
-    if isinstance(layer, Embedding):
-        (table,) = parts
-        assert isinstance(table, PackedBlocks | InterleavedBlocks)
-        return QuantizedEmbedding(table, dtype)
-    return QuantizedLinear(parts, layer.bias)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 
 
 class KeyProjection(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 from kvshare.layers.embedding import Embedding
 from kvshare.layers.linear import Linear
 from kvshare.layers.norm import RMSNorm

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvshare.cache.step import Step
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.activations import swiglu
-from kvshare.layers.experts import Experts, expert_sources, stacked
+from kvshare.layers.experts import Experts, expert_sources
 from kvshare.layers.gated_mlp import GatedMlp
-from kvshare.layers.linear import Linear
+from kvshare.layers.linear import Linear, RouterLinear
 from kvshare.layers.norm import RMSNorm, add_then_norm
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies, yarn_magnitude
 from kvshare.layout import CacheLayout
@@ -173,7 +173,7 @@ class Router(nn.Module):
     def __init__(self, config: DeepseekV3Config):
         super().__init__()
         self.config = config
-        self.scores = Linear(config.hidden_size, config.num_experts)
+        self.scores = RouterLinear(config.hidden_size, config.num_experts)
         self.correction = nn.Parameter(torch.empty(config.num_experts))  # [experts]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [tokens, hidden] -> chosen experts and their weights [tokens, experts a token]
@@ -248,7 +248,7 @@ class DeepseekV3(Decoder):
             if part.startswith("mlp.experts."):
                 source = expert_sources(f"{layer}.mlp.experts", self.config.num_experts)[part.rpartition(".")[2]]
             elif part == "attention.expand":
-                source = stacked((f"{layer}.self_attn.kv_b_proj.weight",), self.config.num_heads)
+                source = Source((f"{layer}.self_attn.kv_b_proj.weight",), stack=self.config.num_heads)
             elif part == "mlp.router.correction":
                 source = Source((f"{layer}.mlp.gate.e_score_correction_bias",))
             else:

@@ -24,16 +24,16 @@ from torch.nn import functional as F
 
 from kvshare.cache.codecs.deepseek import BlockFloatCodec, hadamard
 from kvshare.cache.step import Step
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 from kvshare.errors import ConfigError
 from kvshare.kernels import routing
 from kvshare.layers.activations import GatedActivation
 from kvshare.layers.compressor import Blocks, Compressor
 from kvshare.layers.embedding import Embedding
-from kvshare.layers.experts import Experts, stacked
+from kvshare.layers.experts import Experts
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.hyper_connections import HyperConnection, HyperHead
-from kvshare.layers.linear import Linear
+from kvshare.layers.linear import Linear, RouterLinear
 from kvshare.layers.norm import RMSNorm
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies
 from kvshare.layout import CacheLayout
@@ -210,7 +210,7 @@ class Router(nn.Module):
     def __init__(self, config: DeepseekV4Config, hashed: bool):
         super().__init__()
         self.experts_per_token, self.scale = config.experts_per_token, config.routed_scale
-        self.scores = Linear(config.hidden_size, config.num_experts)
+        self.scores = RouterLinear(config.hidden_size, config.num_experts)
         self.bias = None if hashed else nn.Parameter(torch.empty(config.num_experts))  # [experts]
         table = torch.empty(config.vocab_size, config.experts_per_token, dtype=torch.long) if hashed else None
         self.register_buffer("table", table)
@@ -303,10 +303,9 @@ class DeepseekV4(Model):
         for name, parameter in self.state_dict(keep_vars=True).items():
             released = self._released_names(name)
             saved = tuple(map(_saved_name, released))
-            if name.endswith(".output_down") or ".experts." in name:  # matrices that lie one by one, or one below the other
-                sources[name] = stacked(released, len(parameter), otherwise=stacked(saved, len(parameter)))
-            else:
-                sources[name] = Source(released, otherwise=Source(saved))
+            is_stack = name.endswith(".output_down") or ".experts." in name  # matrices that lie one by one, or one below the other
+            stack = len(parameter) if is_stack else None
+            sources[name] = Source(released, otherwise=Source(saved, stack=stack), stack=stack)
         return sources
 
     def _released_names(self, name: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvshare.cache.step import Step
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.activations import geglu
 from kvshare.layers.gated_mlp import GatedMlp

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.cache.step import Step
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.activations import GatedActivation, geglu
 from kvshare.layers.altup import AltUp, add_behind_first, mean_of, streams_of

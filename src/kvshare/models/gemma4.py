@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.cache.step import KeyRebuild, Step
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 from kvshare.errors import ConfigError
 from kvshare.kernels import routing
 from kvshare.layers.activations import geglu
 from kvshare.layers.experts import Experts
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.key_from_value import KeyRotations
-from kvshare.layers.linear import Linear
+from kvshare.layers.linear import Linear, RouterLinear
 from kvshare.layers.norm import RMSNorm, add_normed, add_then_norm
 from kvshare.layers.per_layer_embedding import PerLayerEmbedding
 from kvshare.layout import CacheLayout, Stream
@@ -77,7 +77,7 @@ class Router(nn.Module):
         self.experts_per_token = config.experts_per_token
         self.norm = RMSNorm(config.hidden_size, config.eps, weighted=False)
         self.scale = nn.Parameter(torch.empty(config.hidden_size))  # [hidden]
-        self.scores = Linear(config.hidden_size, config.num_experts)
+        self.scores = RouterLinear(config.hidden_size, config.num_experts)
         self.expert_scale = nn.Parameter(torch.empty(config.num_experts))  # [experts]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [tokens, hidden] -> chosen, weights [tokens, k]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.cache.draft_step import DraftStep
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 from kvshare.errors import ConfigError
 from kvshare.layers.embedding import Embedding
 from kvshare.layers.key_from_value import KeyRotations

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.cache.step import Step
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 from kvshare.errors import ConfigError
 from kvshare.kernels import small_ops
 from kvshare.layers.key_balance import key_balance

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvshare.cache.step import Step
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 from kvshare.errors import ConfigError
 from kvshare.kernels import routing, small_ops
 from kvshare.layers.activations import swiglu
 from kvshare.layers.experts import Experts, expert_sources
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.key_balance import key_balance
-from kvshare.layers.linear import Linear
+from kvshare.layers.linear import Linear, RouterLinear
 from kvshare.layers.norm import RMSNorm, add, add_then_norm
 from kvshare.layers.rotary import Rotation, frequencies
 from kvshare.layout import CacheLayout
@@ -146,7 +146,7 @@ class Router(nn.Module):
     def __init__(self, config: LagunaConfig):
         super().__init__()
         self.experts_per_token, self.softcap = config.experts_per_token, config.router_softcap
-        self.scores = Linear(config.hidden_size, config.num_experts)
+        self.scores = RouterLinear(config.hidden_size, config.num_experts)
         self.correction = nn.Parameter(torch.empty(config.num_experts))  # [experts]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [tokens, hidden] -> chosen experts and their weights [tokens, experts a token]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvshare.cache.step import Step
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 from kvshare.layers.activations import swiglu
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.key_balance import key_balance

@@ -12,7 +12,7 @@ from kvshare.cache.step import Step
 from kvshare.layout import CacheLayout
 
 if TYPE_CHECKING:
-    from kvshare.checkpoints.weights import Source
+    from kvshare.checkpoints.source import Source
 
 
 class Model(nn.Module, ABC):

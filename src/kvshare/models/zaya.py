@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvshare.cache.step import Step
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 from kvshare.kernels import routing
 from kvshare.layers.activations import swiglu
 from kvshare.layers.causal_conv import CausalWindows, TwoStageConv
 from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts
-from kvshare.layers.linear import Linear
+from kvshare.layers.linear import Linear, RouterLinear
 from kvshare.layers.norm import RMSNorm
 from kvshare.layers.rotary import Rotation, frequencies
 from kvshare.layout import CacheLayout
@@ -110,12 +110,12 @@ class Router(nn.Module):
 
     def __init__(self, config: ZayaConfig, index: int):
         super().__init__()
-        self.down = Linear(config.hidden_size, config.router_width, bias=True)
+        self.down = RouterLinear(config.hidden_size, config.router_width, bias=True)
         self.depth_scale = nn.Parameter(torch.empty(config.router_width)) if index else None
         self.norm = RMSNorm(config.router_width, config.eps)
-        self.first = Linear(config.router_width, config.router_width, bias=True)
-        self.second = Linear(config.router_width, config.router_width, bias=True)
-        self.scores = Linear(config.router_width, config.num_experts + 1)  # the last class is no expert
+        self.first = RouterLinear(config.router_width, config.router_width, bias=True)
+        self.second = RouterLinear(config.router_width, config.router_width, bias=True)
+        self.scores = RouterLinear(config.router_width, config.num_experts + 1)  # the last class is no expert
         self.balance = nn.Parameter(torch.empty(config.num_experts + 1))  # what the file holds, the last entry too
 
     def forward(self, x: Tensor, below: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # [tokens, hidden], [tokens, router_width]
@@ -167,7 +167,7 @@ class Block(nn.Module):
         windows: Windows,
         step: Step,
     ) -> tuple[Tensor, Tensor]:
-        dtype = self.attention.output.weight.dtype
+        dtype = self.attention.temperature.dtype
         q = self.attention.append(self.attention_norm(residual.to(dtype)), rotations[self.kind], windows, step)
         if step.narrows(self.index):  # every layer owns its rows, so this is the last one
             kept, step = step.rows_kept, step.tail()

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from kvshare.checkpoints.weights import Source
+from kvshare.checkpoints.source import Source
 from kvshare.layers.causal_conv import depthwise_weight, grouped_bias, grouped_weight
-from kvshare.layers.experts import stacked
 from kvshare.models.zaya_config import ZayaConfig
 
 
@@ -46,7 +45,7 @@ def _experts(index: int, part: str, config: ZayaConfig) -> Source:
     if not config.legacy:
         return Source((f"model.layers.{index}.mlp.experts.{native}",))
     experts = f"model.layers.{2 * index + 1}.zaya_block.experts.local_experts"
-    return stacked(tuple(f"{experts}.{expert}.{legacy}.weight" for expert in range(config.num_experts)), config.num_experts)
+    return Source(tuple(f"{experts}.{expert}.{legacy}.weight" for expert in range(config.num_experts)), stack=config.num_experts)
 
 
 def _legacy_prefix(layer: int, num_blocks: int) -> str:

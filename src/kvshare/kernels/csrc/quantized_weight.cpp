@@ -113,6 +113,13 @@ void to_bf16(const float* from, int64_t count, uint16_t* to) {  // to nearest ev
 }  // namespace
 
 QuantizedWeight::QuantizedWeight(std::vector<Segment> segments, int64_t in_features) : in_features_(in_features) {
+    // what lies behind the last segment in memory too becomes a part of it: looking for the rows of one of many experts takes a step for each segment
+    const auto append = [&](const Segment& more) {
+        Segment* last = segments_.empty() ? nullptr : &segments_.back();
+        const bool joins = last && last->type == more.type && last->interleaved == more.interleaved && last->rows + last->count * row_bytes(more.type, in_features) == more.rows;
+        if (joins) last->count += more.count;
+        else segments_.push_back(more);
+    };
     for (const Segment& segment : segments) {
         const int64_t unit = shape_of(segment.type).weights;
         if (in_features <= 0 || in_features % unit) throw std::invalid_argument("rows of " + std::to_string(in_features) + " weights are not whole blocks of " + std::to_string(unit));
@@ -120,8 +127,8 @@ QuantizedWeight::QuantizedWeight(std::vector<Segment> segments, int64_t in_featu
         bytes_ += segment.count * row_bytes(segment.type, in_features);
         has_blocks_ |= segment.type != BlockType::BF16;
         const int64_t strips = segment.interleaved ? segment.count / STRIP * STRIP : 0;
-        if (strips) segments_.push_back({segment.rows, strips, segment.type, true});
-        if (strips < segment.count) segments_.push_back({segment.rows + strips * row_bytes(segment.type, in_features), segment.count - strips, segment.type, false});
+        if (strips) append({segment.rows, strips, segment.type, true});
+        if (strips < segment.count) append({segment.rows + strips * row_bytes(segment.type, in_features), segment.count - strips, segment.type, false});
     }
 }
 
