@@ -25,7 +25,7 @@ _Part = PackedBlocks | InterleavedBlocks | Tensor
 
 
 def block_matrices(model: nn.Module, sources: Mapping[str, Source]) -> dict[str, tuple[str, ...]]:
-    """By the paths of the layers, the names of their weights. A layer whose rows are not whole groups is not among them, nor is a router."""
+    """By the paths of the layers, the names of their weights. Layers whose rows are not whole groups are not among them, nor are routers."""
     found = {}
     for path, layer in model.named_modules():
         if isinstance(layer, RouterLinear) or not isinstance(layer, Linear | Embedding | Experts):
@@ -38,7 +38,7 @@ def block_matrices(model: nn.Module, sources: Mapping[str, Source]) -> dict[str,
 
 
 def layers_in_blocks(model: nn.Module, sources: Mapping[str, Source], checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """Those of `block_matrices` that stay blocks: of each of its weights the checkpoint holds a part in blocks that the kernels multiply."""
+    """Those of `block_matrices` that stay blocks: of each weight the checkpoint holds a part in blocks that the kernels multiply."""
 
     def stays(name: str) -> bool:
         kept = {part.type.name for part in map(checkpoint.packed, sources[name].names) if part is not None}

@@ -44,8 +44,8 @@ class LLM:
     `kv_memory`: bytes for the cache; by default what `max_sequences` sequences of `max_context` need, at most half of the free memory.
     `chunk`: tokens that one step computes at most; bounds the memory of a long prompt's prefill.
     `weights`: "native" keeps the quantized blocks of a GGUF file and multiplies with them, "bf16" widens them; "int8" and "int4" also
-    quantize what is plain, experts, the per-layer table and the head included. "auto" is native where the kernels are built, and plain numbers in
-    `dtype` where that is given as "float32" or "float16".
+    quantize what is plain, experts, the per-layer table and the head included. "auto" is native where the kernels are built, and plain
+    numbers in `dtype` where that is given as "float32" or "float16".
     `weight_cache`: whether weights quantized at load are kept in the user's cache and mapped from there, the next time at once.
     `kv_layout`: how Gemma 4's K = V layers are stored: "plain", "compact" or "v-only".
     `kv_dtype`: precision of the cache: a name ("bf16", "int8", "int4", ...), one by owner's layer (-1 for the others), or the path of a
