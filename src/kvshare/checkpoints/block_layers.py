@@ -25,7 +25,7 @@ _Part = PackedBlocks | InterleavedBlocks | Tensor
 
 
 def block_matrices(model: nn.Module, sources: Mapping[str, Source]) -> dict[str, tuple[str, ...]]:
-    """By the paths of the layers, the names of their weights. Layers whose rows are not whole groups are not among them, nor are routers."""
+    """By the layers' paths, the names of their weights. Layers whose rows are not whole groups are not among them, nor are routers."""
     found = {}
     for path, layer in model.named_modules():
         if isinstance(layer, RouterLinear) or not isinstance(layer, Linear | Embedding | Experts):
