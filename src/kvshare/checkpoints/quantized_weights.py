@@ -113,7 +113,7 @@ def plain_matrices(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
     """
     sources = matched_sources(model, checkpoint)
     weights = [name for names in block_matrices(model, sources).values() for name in names]
-    tables = [name for name in getattr(model, "memory_mapped", ()) if sources[name].combine is None]
+    tables = [name for name in getattr(model, "memory_mapped", ()) if name in sources and sources[name].combine is None]  # not all have one
     parts = dict.fromkeys(part for name in (*weights, *tables) for part in sources[name].names)
     return tuple(part for part in parts if checkpoint.shape(part)[-1] % GROUP == 0 and checkpoint.packed(part) is None)
 
