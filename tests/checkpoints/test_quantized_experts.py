@@ -90,9 +90,9 @@ def test_blocks_say_what_their_decoded_weights_say(precision: str, saved: Path) 
         assert relative(WAYS[way](blocks, ids), expected) < 2e-3, way
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("int8", 0.01), ("int4", 0.1)])
+@pytest.mark.parametrize(("precision", "bound"), [("int8", 0.01), ("int4", 0.15)])
 def test_blocks_are_the_weights_that_were_quantized(precision: str, bound: float, saved: Path) -> None:
-    """Each expert's own, and its gates before its ups."""
+    """Each expert's own, its gates before its ups: another row is 1.4 away."""
     plain = load(saved)
     for path, blocks in load(saved, precision).named_modules():
         if isinstance(blocks, QuantizedExperts):
