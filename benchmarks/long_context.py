@@ -161,7 +161,8 @@ def main() -> None:
     same = {"model": options.model, "weights": options.weights, "chunk": options.chunk, "kv_dtype": options.kv_dtype, "last": options.last}
     rows = [watch({**same, "context": context}) for context in contexts]
     if options.json:
-        options.json.write_text(json.dumps({"model": options.model, "rows": rows}, indent=1) + "\n")
+        kept = [{key: value for key, value in row.items() if key != "model"} for row in rows]  # a path says nothing elsewhere
+        options.json.write_text(json.dumps({"model": Path(options.model).name, "rows": kept}, indent=1) + "\n")
     Console().print(summary(rows))
     sys.exit(0 if all(row["within"] for row in rows) else 1)
 
@@ -182,7 +183,7 @@ def summary(rows: list[dict[str, Any]]) -> Table:
 def markdown(document: Mapping[str, Any]) -> str:
     """The same from what `--json` wrote."""
     rows = document["rows"]
-    of = f"{Path(document['model']).name}, {rows[0]['weights']} weights, {rows[0]['kv_dtype'] or '16-bit'} cache"
+    of = f"{document['model']}, {rows[0]['weights']} weights, {rows[0]['kv_dtype'] or '16-bit'} cache"
     lines = [f"**Memory**, {of}: {TITLE}", ""]
     cells = [COLUMNS, ["---"] * len(COLUMNS), *(_cells(row) for row in rows)]
     return "\n".join(lines + [f"| {' | '.join(each)} |" for each in cells])
