@@ -1,5 +1,5 @@
 // Asking for the bytes that come next, a few lines at a time, spread evenly over the work that goes on meanwhile: all at once they would fill the queues
-// and stall it. Kernels work on a copy of their own, which stays in registers. Included once by isa_avx512.cpp inside its namespace.
+// and stall it. Kernels work on a copy of their own, which stays in registers. Included once by the AVX512 files inside their namespace.
 #pragma once
 
 class Ahead {

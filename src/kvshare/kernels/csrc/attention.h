@@ -1,5 +1,5 @@
 // Attention to a few rows of the cache with a running softmax (Milakov and Gimelshein 2018), in plain C++ that compilers vectorise: a row is
-// decoded into a small buffer for all heads that share it. Included once by each isa_*.cpp inside that set's namespace.
+// decoded into a small buffer for all heads that share it. Included once by each file of a set inside that set's namespace.
 #pragma once
 
 constexpr int WIDEST_HEAD = 2048;

@@ -1,7 +1,7 @@
 // Products of bfloat16 weights with few rows of activations for AVX512-BF16; both are read as they are. Sixteen sums at a time, each a whole register:
 // of four rows of weights and up to four of activations. Activations are taken a block of numbers at a time that stays in the first-level cache
 // while rows of weights go by; what is summed up so far waits in memory for the next block, so that a result does not depend on the blocks,
-// and with them on the rows beside it. Included once by isa_avx512.cpp inside its namespace.
+// and with them on the rows beside it. Included once by the AVX512 files inside their namespace.
 #pragma once
 
 namespace bf16_product {

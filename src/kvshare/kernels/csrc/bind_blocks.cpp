@@ -39,7 +39,7 @@ void bind_blocks(nb::module_& m) {
         const Isa& isa = active_isa();
 #pragma omp parallel for schedule(dynamic)
         for (int64_t r = 0; r < rows; r++)
-            isa.encode(type, reinterpret_cast<const uint8_t*>(numbers) + r * k * (bf16 ? 2 : 4), bf16, k, reinterpret_cast<uint8_t*>(to) + r * row_bytes);
+            isa.products.encode(type, reinterpret_cast<const uint8_t*>(numbers) + r * k * (bf16 ? 2 : 4), bf16, k, reinterpret_cast<uint8_t*>(to) + r * row_bytes);
     }, "type"_a, "numbers"_a, "bf16"_a, "rows"_a, "k"_a, "to"_a);
 
     // Rows of the file interleaved by sixteens; those behind the last whole strip are copied as they are.
@@ -77,7 +77,7 @@ void bind_blocks(nb::module_& m) {
                     with_format(type, [&]<BlockType T>() { rows_of_strip<T>(from - lane * row_bytes, blocks, lane, lane + 1, room); });
                     from = room;
                 }
-                isa.decode({type, false, from + offset, 0, 1}, width, reinterpret_cast<uint8_t*>(to) + i * width * (bf16 ? 2 : 4), bf16);
+                isa.products.decode({type, false, from + offset, 0, 1}, width, reinterpret_cast<uint8_t*>(to) + i * width * (bf16 ? 2 : 4), bf16);
             }
         });
     }, "type"_a, "table"_a, "interleaved"_a, "entries"_a, "k"_a, "indices"_a, "count"_a, "begin"_a, "end"_a, "to"_a, "bf16"_a);

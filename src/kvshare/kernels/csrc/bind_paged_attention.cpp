@@ -40,7 +40,7 @@ static void encode(const Isa& isa, const StreamShape& shape, int64_t head, const
         for (int i = 0; i < shape.width; i++) x[i] /= unit;
     }
     if (shape.rotation) shape.rotation->apply(x);
-    isa.encode_head(shape.kind, shape.width, x, unit, to);
+    isa.rows.encode_head(shape.kind, shape.width, x, unit, to);
 }
 
 void bind_paged_attention(nb::module_& m) {
@@ -73,7 +73,7 @@ void bind_paged_attention(nb::module_& m) {
         for (int64_t row = 0; row < count; row++) {
             for (int head = 0; head < heads; head++) {
                 const uint8_t* from = at<const uint8_t>(rows) + row * row_bytes + head * head_bytes(kind, width);
-                isa.decode_heads(kind, width, &from, 1, at<uint8_t>(to) + (row * heads + head) * width * size, width, bf16);
+                isa.rows.decode_heads(kind, width, &from, 1, at<uint8_t>(to) + (row * heads + head) * width * size, width, bf16);
             }
         }
     });

@@ -1,5 +1,5 @@
 // Rows of a `BlockForm`: decoded and encoded as kvshare.cache.codecs.deepseek does, in plain C++ that compilers vectorise.
-// Included once by each isa_*.cpp inside that set's namespace.
+// Included once by each file of a set inside that set's namespace.
 #pragma once
 
 constexpr int EXPONENT_BIAS = 127;

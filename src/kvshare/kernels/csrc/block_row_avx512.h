@@ -1,5 +1,5 @@
 // The numbers of a `BlockForm` as bfloat16 for AVX512: codes are looked up, and the block's exponent is added to theirs.
-// Included once by isa_avx512.cpp inside its namespace, before block_row.h.
+// Included once by the AVX512 files inside their namespace, before block_row.h.
 #pragma once
 
 // e4m3 by its upper and lower byte; e2m1 whole.

@@ -1,42 +1,6 @@
 // GGUF's blocks, 32 weights at a time, in plain C++: what every instruction set without its own reading of a format uses.
-// Included once by each isa_*.cpp inside that set's namespace, so that no function compiled for one set is linked into another.
+// Included once by each file of a set inside that set's namespace, so that no function compiled for one set is linked into another.
 #pragma once
-
-inline float half_to_float(const uint8_t* p) {
-#if defined(__F16C__)
-    uint16_t bits;
-    memcpy(&bits, p, 2);
-    return _cvtsh_ss(bits);
-#else
-    uint16_t h;
-    memcpy(&h, p, 2);
-    const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
-    uint32_t bits;
-    if (exponent == 31) bits = sign | 0x7f800000 | (mantissa << 13);
-    else if (exponent) bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
-    else {  // zero or subnormal: mantissa * 2^-24
-        const float small = float(mantissa) * 5.9604644775390625e-8f;
-        return sign ? -small : small;
-    }
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-#endif
-}
-
-inline float bf16_to_float(uint16_t h) {
-    const uint32_t bits = uint32_t(h) << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-inline uint16_t float_to_bf16(float f) {  // to nearest even; a NaN stays one
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 64);
-    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 // 32 weights: q[i] * scale[i / 16] + minimum.
 struct Group {

@@ -1,24 +1,6 @@
 // Numbers as blocks: the searches that kvshare/checkpoints/block_encoding.py explains, and spells in torch.
-// Included once by each isa_*.cpp inside that set's namespace.
+// Included once by each file of a set inside that set's namespace.
 #pragma once
-
-inline uint16_t float_to_half(float f) {  // to nearest even
-#if defined(__F16C__)
-    return uint16_t(_cvtss_sh(f, 0));
-#else
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-    if (size >= 0x7f800000) return uint16_t(sign | 0x7c00 | (size > 0x7f800000 ? 0x200 : 0));
-    if (size < 0x38800000) {  // subnormal: a multiple of 2^-24
-        float scaled;
-        memcpy(&scaled, &size, 4);
-        return uint16_t(sign | uint32_t(rintf(scaled * 16777216.0f)));
-    }
-    const uint32_t rounded = (size + 0xfff + (size >> 13 & 1)) >> 13;
-    return uint16_t(sign | (rounded - 0x1c000 < 0x7c00 ? rounded - 0x1c000 : 0x7c00));
-#endif
-}
 
 // `value` as a 16-bit float in the file, and what that is.
 inline float put_half(float value, uint8_t* to) {

@@ -1,6 +1,6 @@
 // Scores of an indexer's keys, sum over heads of weight * max(0, q . k), for the queries of one token: heads are the lanes of vectors, as in the
 // tile kernel, whose products these are. What a row scores depends on that row and that token alone.
-// Included once by each isa_*.cpp inside that set's namespace, behind tile_kernel.h.
+// Included once by each file of a set inside that set's namespace, behind tile_kernel.h.
 #pragma once
 
 constexpr int SCORED_ROWS = 48;  // at once: their products with 64 heads stay in the first-level cache

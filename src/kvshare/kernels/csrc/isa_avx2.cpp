@@ -9,6 +9,7 @@
 #include "kernels.h"
 namespace kvshare {
 namespace avx2 {
+#include "floats.h"
 #include "interleave.h"
 #include "blocks.h"
 #include "encode_blocks.h"
@@ -24,6 +25,9 @@ namespace avx2 {
 #include "key_rebuild.h"
 #include "read_memory.h"
 #include "small_ops.h"
+const ProductKernels products = {round_row, multiply_rows, multiply_bf16, decode_rows, encode_row};
+const RowKernels rows = {decode_heads, encode_head, rebuild_key};
+const AttentionKernels attention = {spell_plain, attend_plain};
 }  // namespace avx2
-const Isa isa_avx2 = {"avx2", avx2::round_row, avx2::multiply_rows, avx2::multiply_bf16, avx2::decode_rows, avx2::decode_heads, avx2::encode_head, avx2::spell_plain, avx2::attend_plain, avx2::tile_kernel, avx2::score_rows_by_heads, avx2::rebuild_key, avx2::encode_row, avx2::small_ops, avx2::read_memory};
+const Isa isa_avx2 = {"avx2", avx2::products, avx2::rows, avx2::attention, avx2::tile_kernel, avx2::small_ops, avx2::score_rows_by_heads, avx2::read_memory};
 }  // namespace kvshare

@@ -7,6 +7,7 @@
 #include "kernels.h"
 namespace kvshare {
 namespace plain {
+#include "floats.h"
 #include "interleave.h"
 #include "blocks.h"
 #include "encode_blocks.h"
@@ -22,6 +23,9 @@ namespace plain {
 #include "key_rebuild.h"
 #include "read_memory.h"
 #include "small_ops.h"
+const ProductKernels products = {round_row, multiply_rows, multiply_bf16, decode_rows, encode_row};
+const RowKernels rows = {decode_heads, encode_head, rebuild_key};
+const AttentionKernels attention = {spell_plain, attend_plain};
 }  // namespace plain
-const Isa isa_plain = {"plain", plain::round_row, plain::multiply_rows, plain::multiply_bf16, plain::decode_rows, plain::decode_heads, plain::encode_head, plain::spell_plain, plain::attend_plain, plain::tile_kernel, plain::score_rows_by_heads, plain::rebuild_key, plain::encode_row, plain::small_ops, plain::read_memory};
+const Isa isa_plain = {"plain", plain::products, plain::rows, plain::attention, plain::tile_kernel, plain::small_ops, plain::score_rows_by_heads, plain::read_memory};
 }  // namespace kvshare

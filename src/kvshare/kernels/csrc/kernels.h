@@ -1,4 +1,4 @@
-// What every instruction set provides: one table of functions, filled once per set by isa_*.cpp and chosen at run time.
+// What every instruction set provides: one table of functions, filled once per set by isa_NAME.cpp and chosen at run time.
 #pragma once
 #include <cstdint>
 
@@ -82,8 +82,8 @@ struct AttendRows {
 // Bytes that one head of a query may take, whatever the keys: four a number, padded to whole pieces, and scalars for each group.
 constexpr int64_t query_bytes(int width) { return int64_t(width + 63) / 64 * 64 * 4 + (groups_of(width) * 8 + 63) / 64 * 64 + 64; }
 
-struct Isa {
-    const char* name;
+// Products with weights: quantized_weight.cpp.
+struct ProductKernels {
     // Fill numbers [begin, end) of one row, multiples of 32; x is float32, or bfloat16 where `bf16`.
     void (*round)(const void* x, bool bf16, int64_t begin, int64_t end, const Activations& to);
     // y[r * stride + n] = weights[n] . x[r] for rows of weights of k numbers, in any format but BF16, and `rows` <= MAX_ROWS rows of
@@ -93,22 +93,37 @@ struct Isa {
     void (*multiply_bf16)(const uint8_t* weights, int64_t count, int64_t k, const void* x, bool bf16, int rows, float* y, int64_t stride, const uint8_t* ahead);
     // Rows of weights as numbers: to[count, k], bfloat16 or float32.
     void (*decode)(const WeightRows& weights, int64_t k, void* to, bool bf16);
+    // One row of k numbers, bfloat16 or float32, as blocks: Q8_0, Q4_1 or Q4_K.
+    void (*encode)(BlockType type, const void* numbers, bool bf16, int64_t k, uint8_t* to);
+};
+
+// Rows of the cache, one by one.
+struct RowKernels {
     // Heads of cached rows as numbers: to[r * stride + i] is number i < width of the head at heads[r], bfloat16 or float32; rotated ones stay rotated.
     void (*decode_heads)(RowKind kind, int width, const uint8_t* const* heads, int count, void* to, int64_t stride, bool bf16);
     // One head, rotated and balanced already, as the bytes of a row; kinds with levels are given it divided by `unit`, its largest number.
     void (*encode_head)(RowKind kind, int width, const float* x, float unit, uint8_t* to);
+    // One head of a key from the value of the same row, which stands at `position`; `rotated` is its rotated part, or null.
+    void (*rebuild_key)(const KeyRebuild& rebuild, int width, int64_t position, const uint16_t* v, const uint16_t* rotated, uint16_t* k);
+};
+
+// Attention of one query a sequence: paged_attention.cpp.
+struct AttentionKernels {
     // Head number `head` of the `group` that share a KV head as this set wants them for keys of some kind: to[group * query_bytes(width)], at a
     // multiple of 64, holds all of the group and is this head's only in part.
     void (*spell)(RowKind keys, int width, int group, int head, const float* q, uint8_t* to);
     void (*attend)(const AttendRows& rows, const AttendState& state);
-    TileKernel tile;
+};
+
+struct Isa {
+    const char* name;
+    const ProductKernels& products;
+    const RowKernels& rows;
+    const AttentionKernels& attention;
+    const TileKernel& tile;
+    const SmallOps& small;
     // scores[i] of TILE_ROWS rows of bfloat16: the sum over an indexer's heads of weight * max(0, q . row).
     void (*score_rows)(const uint8_t* const* rows, const IndexQuery& query, float* scores);
-    // One head of a key from the value of the same row, which stands at `position`; `rotated` is its rotated part, or null.
-    void (*rebuild_key)(const KeyRebuild& rebuild, int width, int64_t position, const uint16_t* v, const uint16_t* rotated, uint16_t* k);
-    // One row of k numbers, bfloat16 or float32, as blocks: Q8_0, Q4_1 or Q4_K.
-    void (*encode)(BlockType type, const void* numbers, bool bf16, int64_t k, uint8_t* to);
-    SmallOps small;
     // What bandwidth is measured with: the sum of words, read in blocks of `streams` runs of `run` bytes side by side.
     uint64_t (*read_memory)(const uint8_t* from, int64_t bytes, int streams, int64_t run, int64_t ahead);
 };

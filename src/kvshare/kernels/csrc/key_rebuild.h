@@ -1,4 +1,4 @@
-// Keys from the values beside them: K = RoPE(V * w). Included once by each isa_*.cpp inside that set's namespace.
+// Keys from the values beside them: K = RoPE(V * w). Included once by each file of a set inside that set's namespace.
 #pragma once
 
 // One head of bfloat16. `rotated` [2 * moving] is the part that the rotation moved, where it is stored; null: it is rotated here, rounded as

@@ -1,4 +1,4 @@
-// Sixteen lanes as AVX512 vectors. Included by isa_avx512.cpp.
+// Sixteen lanes as AVX512 vectors. Included by avx512_tiles.cpp.
 #pragma once
 
 typedef float Lanes __attribute__((vector_size(64)));

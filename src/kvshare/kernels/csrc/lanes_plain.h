@@ -1,4 +1,4 @@
-// Sixteen lanes in plain C++ that compilers turn into the vectors that there are. Included by each isa_*.cpp without vectors of its own.
+// Sixteen lanes in plain C++ that compilers turn into the vectors that there are. Included by each set without vectors of its own.
 #pragma once
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // functions of vectors are inlined

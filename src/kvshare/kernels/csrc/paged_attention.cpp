@@ -69,7 +69,7 @@ void PagedAttention::attend_rows(const Isa& isa, const Query& query, int64_t beg
         const Places &first = near ? v[now] : k[next], &second = near ? k[next] : v[next];
         std::copy(second.runs, second.runs + second.count, std::copy(first.runs, first.runs + first.count, rows.ahead));
         rows.runs = first.count + second.count;
-        isa.attend(rows, state);
+        isa.attention.attend(rows, state);
     }
 }
 
@@ -80,7 +80,7 @@ void PagedAttention::spell(const Isa& isa, const StreamShape& keys, const void* 
     if (!keys.balance.empty())
         for (int i = 0; i < keys.width; i++) numbers[i] *= keys.balance[size_t(kv_head * keys.width + i)];
     if (keys.rotation) keys.rotation->apply(numbers);  // keys stay as they are: rotating both keeps their products
-    isa.spell(keys.kind, keys.width, group, head % group, numbers, to + kv_head * group * query_bytes(keys.width));
+    isa.attention.spell(keys.kind, keys.width, group, head % group, numbers, to + kv_head * group * query_bytes(keys.width));
 }
 
 void PagedAttention::finish(float* numbers, float factor, void* out, int64_t head) const {

@@ -1,5 +1,5 @@
 // Products of rounded activations with blocks, and blocks as bfloat16, in plain C++ that compilers vectorise.
-// Included once by each isa_*.cpp inside that set's namespace.
+// Included once by each file of a set inside that set's namespace.
 #pragma once
 
 inline void round_row(const void* x, bool bf16, int64_t begin, int64_t end, const Activations& to) {
@@ -96,9 +96,6 @@ inline void multiply_bf16(const uint8_t* weights, int64_t count, int64_t k, cons
     if (bf16) multiply_wide(weights, count, k, static_cast<const uint16_t*>(x), rows, y, stride);
     else multiply_wide(weights, count, k, static_cast<const float*>(x), rows, y, stride);
 }
-
-inline void put(float value, float* to) { *to = value; }
-inline void put(float value, uint16_t* to) { *to = float_to_bf16(value); }
 
 template <BlockType T, typename Number>
 void decode_blocks(const uint8_t* weights, int64_t count, int64_t k, Number* to) {

@@ -142,7 +142,7 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
     const auto row = [&](int64_t r) { return static_cast<const uint8_t*>(x) + r * k * (x_bf16 ? 2 : 4); };
     const bool rounded_alone = has_blocks_ && (alone || rows * k <= ROUNDED_ALONE);
     if (rounded_alone)
-        for (int64_t r = 0; r < rows; r++) isa.round(row(r), x_bf16, 0, k, activations[r]);
+        for (int64_t r = 0; r < rows; r++) isa.products.round(row(r), x_bf16, 0, k, activations[r]);
     const int64_t times = (rows + MAX_ROWS - 1) / MAX_ROWS, together = (rows + times - 1) / times;
     alignas(LINE) std::atomic<int64_t> next{0};
 
@@ -152,7 +152,7 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
             constexpr int64_t unit = 2048;
             const int64_t units = (k + unit - 1) / unit;
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < rows * units; i++) isa.round(row(i / units), x_bf16, i % units * unit, std::min(k, i % units * unit + unit), activations[i / units]);
+            for (int64_t i = 0; i < rows * units; i++) isa.products.round(row(i / units), x_bf16, i % units * unit, std::min(k, i % units * unit + unit), activations[i / units]);
         }
         alignas(LINE) float sums[MAX_ROWS * PIECE_ROWS];
         // the piece behind this one is taken before this one is worked on, so that the kernel can ask the memory for it in time
@@ -164,8 +164,8 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
                 const int count = int(std::min(together, rows - r));
                 float* y = out_bf16 ? sums : static_cast<float*>(out) + r * out_features + first;
                 const int64_t stride = out_bf16 ? weights.count : out_features;
-                if (weights.type == BlockType::BF16) isa.multiply_bf16(weights.data, weights.count, k, row(r), x_bf16, count, y, stride, ahead);
-                else isa.multiply(weights, k, activations + r, count, y, stride, ahead);
+                if (weights.type == BlockType::BF16) isa.products.multiply_bf16(weights.data, weights.count, k, row(r), x_bf16, count, y, stride, ahead);
+                else isa.products.multiply(weights, k, activations + r, count, y, stride, ahead);
                 for (int j = 0; out_bf16 && j < count; j++) to_bf16(sums + j * stride, weights.count, static_cast<uint16_t*>(out) + (r + j) * out_features + first);
             }
         }
@@ -177,7 +177,7 @@ void QuantizedWeight::decode(const Isa& isa, int64_t begin, int64_t end, void* t
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < pieces.count(); i++) {
         const auto [weights, first] = pieces[i];
-        isa.decode(weights, in_features_, static_cast<uint8_t*>(to) + first * in_features_ * (bf16 ? 2 : 4), bf16);
+        isa.products.decode(weights, in_features_, static_cast<uint8_t*>(to) + first * in_features_ * (bf16 ? 2 : 4), bf16);
     }
 }
 

@@ -1,4 +1,4 @@
-// Reading memory and nothing else: what bandwidth is measured with. Included once by each isa_*.cpp inside its namespace.
+// Reading memory and nothing else: what bandwidth is measured with. Included once by each file of a set inside its namespace.
 #pragma once
 
 #if defined(__AVX512F__)

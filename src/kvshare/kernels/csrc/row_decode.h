@@ -1,4 +1,4 @@
-// Heads of cached rows as numbers, in plain C++ that compilers vectorise. Included once by each isa_*.cpp inside that set's namespace.
+// Heads of cached rows as numbers, in plain C++ that compilers vectorise. Included once by each file of a set inside that set's namespace.
 #pragma once
 
 template <RowKind Kind>

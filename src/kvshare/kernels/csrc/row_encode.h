@@ -1,5 +1,5 @@
 // Heads as the bytes of cached rows, what kvshare.cache.codecs writes, in plain C++ that compilers vectorise.
-// Included once by each isa_*.cpp inside that set's namespace.
+// Included once by each file of a set inside that set's namespace.
 #pragma once
 
 constexpr float LARGEST_HALF = 65504.0f;

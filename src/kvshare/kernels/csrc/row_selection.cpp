@@ -76,7 +76,7 @@ void RowSelection::score(const Isa& isa, const Slice& slice, const int64_t* posi
     static thread_local std::vector<uint16_t> decoded;
     if (keys_.kind != RowKind::BF16) {
         decoded.resize(size_t(TILE_ROWS * keys_.width));
-        isa.decode_heads(keys_.kind, keys_.width, rows, int(count), decoded.data(), keys_.width, true);
+        isa.rows.decode_heads(keys_.kind, keys_.width, rows, int(count), decoded.data(), keys_.width, true);
         for (int64_t i = 0; i < TILE_ROWS; i++) rows[i] = reinterpret_cast<const uint8_t*>(decoded.data() + std::min(i, count - 1) * keys_.width);
     }
     for (int64_t t = 0; t < slice.count; t++)

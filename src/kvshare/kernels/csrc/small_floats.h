@@ -1,4 +1,4 @@
-// Floats of 8 and 4 bits, in plain C++ that compilers vectorise. Included once by each isa_*.cpp inside that set's namespace.
+// Floats of 8 and 4 bits, in plain C++ that compilers vectorise. Included once by each file of a set inside that set's namespace.
 #pragma once
 
 inline float fp8_to_float(uint8_t code) {  // e4m3: the exponent is 120 less than float32's, which multiplying makes right for subnormals too

@@ -1,5 +1,5 @@
 // Norms, rotations and activations in plain C++ that compilers vectorise; 16-bit numbers are rounded where torch rounds them.
-// Included once by each isa_*.cpp inside that set's namespace, behind blocks.h.
+// Included once by each file of a set inside that set's namespace, behind floats.h.
 #pragma once
 
 inline float number(float v) { return v; }

@@ -151,7 +151,7 @@ void TileAttention::find_rows(const TileStream& stream, const TileRows& rows, in
 void TileAttention::decode_rows(const Isa& isa, const TileStream& stream, int begin, int end, uint16_t* decoded, Tile& tile) const {
     const auto decode = [&](const uint8_t** rows, const StreamShape& shape) {
         if (shape.kind == RowKind::BF16) return;
-        isa.decode_heads(shape.kind, shape.width, rows + begin, end - begin, decoded, shape.width, true);
+        isa.rows.decode_heads(shape.kind, shape.width, rows + begin, end - begin, decoded, shape.width, true);
         for (int i = 0; i < TILE_ROWS; i++) rows[i] = reinterpret_cast<const uint8_t*>(decoded + (std::clamp(i, begin, end - 1) - begin) * shape.width);
         decoded += TILE_ROWS * shape.width;
     };
@@ -164,7 +164,7 @@ void TileAttention::decode_rows(const Isa& isa, const TileStream& stream, int be
 void TileAttention::rebuild_keys(const Isa& isa, const KeyRebuild& rebuild, const TileStream& stream, int begin, int end, uint16_t* keys, Tile& tile) const {
     for (int i = begin; i < end; i++) {
         const auto *v = reinterpret_cast<const uint16_t*>(tile.v[i]), *rotated = stream.same ? nullptr : reinterpret_cast<const uint16_t*>(tile.k[i]);
-        isa.rebuild_key(rebuild, key_width_, tile.first + i, v, rotated, keys + (i - begin) * key_width_);
+        isa.rows.rebuild_key(rebuild, key_width_, tile.first + i, v, rotated, keys + (i - begin) * key_width_);
     }
     for (int i = 0; i < TILE_ROWS; i++) tile.k[i] = reinterpret_cast<const uint8_t*>(keys + (std::clamp(i, begin, end - 1) - begin) * key_width_);
 }
@@ -174,10 +174,10 @@ void rotate_bf16(const Isa& isa, int width, const uint16_t* from, uint16_t* to, 
     kept.resize(size_t(width));
     float* numbers = kept.data();
     const auto* plain = reinterpret_cast<const uint8_t*>(from);
-    isa.decode_heads(RowKind::BF16, width, &plain, 1, numbers, width, false);
+    isa.rows.decode_heads(RowKind::BF16, width, &plain, 1, numbers, width, false);
     (rotation.*way)(numbers);
     plain = reinterpret_cast<const uint8_t*>(numbers);
-    isa.decode_heads(RowKind::FP32, width, &plain, 1, to, width, true);
+    isa.rows.decode_heads(RowKind::FP32, width, &plain, 1, to, width, true);
 }
 
 // The 64 queries from `lane` of an item on.

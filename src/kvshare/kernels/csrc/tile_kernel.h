@@ -2,7 +2,7 @@
 // (V transposed) x (weights transposed), so that rows are read where they lie, a pair of numbers at a time for all queries, and softmax
 // (running maximum, Milakov and Gimelshein 2018) needs no sum across lanes. What a query gets depends on where tiles begin and on the rows
 // that it sees, never on the queries beside it: a hidden row adds exactly nothing.
-// Included once by each isa_*.cpp inside that set's namespace, behind its lanes_*.h.
+// Included once by each file of a set inside that set's namespace, behind its lanes_*.h.
 #pragma once
 
 constexpr float LOG2E = 1.44269504f;

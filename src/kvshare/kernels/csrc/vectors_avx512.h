@@ -1,4 +1,4 @@
-// What the AVX512 kernels share. Included once by isa_avx512.cpp inside its namespace.
+// What the AVX512 kernels share. Included once by the AVX512 files inside their namespace.
 #pragma once
 
 // The sums of sixteen registers, in order.

@@ -1,0 +1,31 @@
+// Products with weights.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+#include <utility>
+
+#include "avx512.h"
+namespace kvshare::avx512 {
+namespace {
+#include "floats.h"
+#include "interleave.h"
+#include "blocks.h"
+#include "encode_blocks.h"
+#include "vectors_avx512.h"
+#include "product.h"
+#include "strips_avx512.h"
+#include "product_avx512.h"
+#include "bf16_product_avx512.h"
+#include "blocks_avx512.h"
+#include "decode_avx512.h"
+#include "read_memory.h"
+}  // namespace
+const ProductKernels products = {round_avx512, multiply_avx512, multiply_bf16_avx512, decode_avx512, encode_row};
+uint64_t read(const uint8_t* from, int64_t bytes, int streams, int64_t run, int64_t ahead) { return read_memory(from, bytes, streams, run, ahead); }
+}  // namespace kvshare::avx512
