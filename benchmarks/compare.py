@@ -4,8 +4,8 @@
     python -m benchmarks.compare --model smollm2 --engines kvshare,kvshare-bf16,transformers,llama.cpp --contexts 512
 
 The engines run in turn, each alone in its process, for several rounds; ratios are taken within a round and their median is quoted.
-Before and after each engine the machine's read bandwidth and bf16 matrix peak are measured, and the higher of the two counts: figures from
-different rounds do not compare.
+Before and after each engine the machine's read bandwidth and bf16 matrix peak are measured, the bandwidth also right before and after each
+engine's decode steps: they are timed again where it moved meanwhile, and rounds in which it was another one for another engine are marked.
 llama.cpp is found through LLAMA_CPP_BIN (its programs) and LLAMA_CPP (its source tree, for the converter), vLLM through VLLM_PYTHON.
 """
 
@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from benchmarks.report import said, save_plots, tables
 from benchmarks.running import Point, run_engine
 from benchmarks.shapes import SHAPES
 from benchmarks.work import Work
-from kvshare.benchmark.machine import measure, processor_name
+from kvshare.benchmark.machine import ReadProbe, measure, processor_name
 from kvshare.benchmark.profile import profile_from
 from kvshare.benchmark.summary import unfinished
 from kvshare.cli.units import parse_tokens
@@ -63,8 +63,9 @@ def main() -> None:
         "machine": {**environment(), "processor": processor_name()},
         "rows": [],
     }
+    reads = ReadProbe()
     for number in range(options.rounds):
-        for row in run_round(number, engines if number % 2 == 0 else engines[::-1], model, work, points, options):
+        for row in run_round(number, engines if number % 2 == 0 else engines[::-1], model, work, points, reads, options):
             document["rows"].append(row)
             _write(document, begun, options.json)  # what is there if somebody stops it
     _write(document, begun, options.json)
@@ -74,7 +75,13 @@ def main() -> None:
 
 
 def run_round(
-    number: int, engines: Sequence[str], model: Model, work: Mapping[str, Work], points: Sequence[Point], options: argparse.Namespace
+    number: int,
+    engines: Sequence[str],
+    model: Model,
+    work: Mapping[str, Work],
+    points: Sequence[Point],
+    reads: Callable[[], float],
+    options: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """Every engine once over all points, each measurement as soon as it is there."""
     console, before = Console(stderr=True, highlight=False), measure()
@@ -82,7 +89,7 @@ def run_round(
     settings = {"decode": options.decode, "dtype": options.dtype}
     for name in engines:
         file, own, rows = model.file_for(engine_named(name)), work[name], list[dict[str, Any]]()
-        for found in run_engine(name, str(file), points, settings, options.threads, options.limit):
+        for found in run_engine(name, str(file), points, settings, options.threads, options.limit, reads):
             needed = own.of(found["context"], found["batch"], options.decode)
             console.print("  ", f"{name}, {found['context']:,} x {found['batch']}: {_said(found)}", markup=False, soft_wrap=True)
             rows.append({"round": number, "engine": name, **asdict(before), **needed, **found})
@@ -106,10 +113,13 @@ def _said(row: Mapping[str, Any]) -> str:
     if "ttft_s" not in row:
         return unfinished(row)
     prefill, decode = row["context"] * row["batch"] / row["ttft_s"], row["batch"] / row["decode_s"]
+    around = "-".join(f"{speed:.0f}" for speed in row.get("around_gb_s", ()))
+    attempts = f", the steadiest of {len(row['decodes'])}" if len(row.get("decodes", ())) > 1 else ""
     memory = f"{row['peak_rss_bytes'] / 1e9:.2f} GB, {row['peak_anonymous_bytes'] / 1e9:.2f} anonymous"
     profile = profile_from(row)
     where = f"; step: {', '.join(f'{part.name} {said(part)}' for part in profile.parts)}" if profile else ""
-    return f"first token {row['ttft_s']:.2f} s, prefill {prefill:.0f}, decode {decode:.2f} tok/s, {memory}{where}"
+    speeds = f"prefill {prefill:.0f}, decode {decode:.2f} tok/s around {around} GB/s{attempts}"
+    return f"first token {row['ttft_s']:.2f} s, {speeds}, {memory}{where}"
 
 
 def _points(contexts: Sequence[int], batches: Sequence[int]) -> list[Point]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kvshare.benchmark.summary import summarize
+from kvshare.benchmark.summary import Summary, summarize
 
 
 def against_others(documents: Iterable[Mapping[str, Any]]) -> str:
@@ -21,5 +21,12 @@ def against_others(documents: Iterable[Mapping[str, Any]]) -> str:
             for each in summarize(document["rows"], first):
                 if each.engine == other and each.prefill_ratio is not None and each.decode_ratio is not None:
                     prompt = f"{each.context:,} tokens" + (f" × {each.batch}" if each.batch > 1 else "")
-                    lines.append(f"| {document['model']} | {other} | {prompt} | {each.prefill_ratio:.1f} × | {each.decode_ratio:.1f} × |")
+                    lines.append(f"| {document['model']} | {other} | {prompt} | {each.prefill_ratio:.1f} × | {_decodes(each)} |")
     return "\n".join(lines) + "\n"
+
+
+def _decodes(each: Summary) -> str:
+    """The ratio of speeds; of speeds over the bandwidth, where the machine read at another speed for either in every round."""
+    if each.marked == each.compared and each.level_ratio is not None:
+        return f"{each.level_ratio:.1f} × at equal bandwidth"
+    return f"{each.decode_ratio:.1f} ×"

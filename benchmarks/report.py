@@ -16,7 +16,7 @@ from benchmarks import long_context
 from benchmarks.micro import report as micro_report
 from kvshare.benchmark.plot import save_plot
 from kvshare.benchmark.profile import Part, StepProfile, profile_from
-from kvshare.benchmark.summary import Summary, summarize
+from kvshare.benchmark.summary import SAME_REGIME, Summary, decode_reads, summarize
 
 Document = Mapping[str, Any]
 
@@ -43,7 +43,11 @@ def markdown(document: Document, first: str | None = None) -> str:
 
 
 def tables(document: Document, first: str | None = None) -> str:
-    """A headline and one Markdown table: medians, and ratios of the first engine to each other one within a round."""
+    """A headline and one Markdown table: medians, and ratios of the first engine to each other one within a round.
+
+    Rounds in which the machine read at another speed around the two engines' decode steps are left out of the ratio of these; where no
+    round is left, they are all that it is made of, and it is marked.
+    """
     first = first or document["engines"][0]
     summaries = summarize(document["rows"], first)
     parts = [f"**{document['model']}**: {_conditions(document)}", ""]
@@ -57,13 +61,28 @@ def tables(document: Document, first: str | None = None) -> str:
         "decode tok/s",
         "of bandwidth",
         f"{first} is faster by (prefill, decode)",
+        "decode at equal bandwidth",
         "cache MB",
         "peak RSS GB",
         "anonymous GB",
     ]
     parts += [_line(headings), _line(["---"] * len(headings))]
     parts += [_line(_cells(each)) for each in summaries]
-    return "\n".join(parts + _profiles(document["rows"]))
+    return "\n".join(parts + _about_marks(summaries) + _profiles(document["rows"]))
+
+
+def _about_marks(summaries: Sequence[Summary]) -> list[str]:
+    """How many comparisons of two engines in a round were marked."""
+    compared, marked = sum(each.compared for each in summaries), sum(each.marked for each in summaries)
+    if not compared:
+        return []
+    if not marked:
+        return ["", f"In all {compared} pairs of a round the machine read equally fast around both engines' decode steps."]
+    return [
+        "",
+        f"In {marked} of {compared} pairs of a round the machine's bandwidth around the two engines' decode steps differed by more than "
+        f"{SAME_REGIME - 1:.0%}. They are left out of the ratio of decode speeds (rounds in brackets); \\*: there are no others.",
+    ]
 
 
 def _profiles(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -98,7 +117,7 @@ def save_plots(document: Document, path: Path) -> None:
 
 def _conditions(document: Document) -> str:
     rows, machine = document["rows"], document["machine"]
-    reads, multiplies = ([each[name] for each in rows] for name in ("read_gb_s", "gemm_gflop_s"))
+    reads, multiplies = [speed for each in rows for speed in decode_reads(each)], [each["gemm_gflop_s"] for each in rows]
     rounds = len({each["round"] for each in rows})
     words = [
         f"{rounds} round{'s' if rounds > 1 else ''}",
@@ -119,8 +138,8 @@ def _span(numbers: Sequence[float]) -> str:
 def _cells(each: Summary) -> list[str]:
     place = [each.engine, f"{each.context:,}", f"{each.batch}"]
     if each.note:
-        return [*place, each.note, *[""] * 8]
-    ratios = "" if each.decode_ratio is None or each.prefill_ratio is None else f"{each.prefill_ratio:.2f}, {each.decode_ratio:.2f}"
+        return [*place, each.note, *[""] * 9]
+    ratios = "" if each.prefill_ratio is None else f"{each.prefill_ratio:.2f}, {each.decode_ratio:.2f}{_mark(each)}"
     return [
         *place,
         _number(each.ttft_s, "{:.2f}"),
@@ -129,10 +148,17 @@ def _cells(each: Summary) -> list[str]:
         _number(each.decode_tok_s, "{:.2f}" if (each.decode_tok_s or 0) < 100 else "{:.0f}"),
         _number(each.read_share, "{:.0%}"),
         ratios,
+        _number(each.level_ratio, "{:.2f}"),
         _number(each.held_bytes and each.held_bytes / 1e6, "{:.1f}"),
         _number(each.peak_rss_bytes and each.peak_rss_bytes / 1e9, "{:.2f}"),
         _number(each.peak_anonymous_bytes and each.peak_anonymous_bytes / 1e9, "{:.2f}"),
     ]
+
+
+def _mark(each: Summary) -> str:
+    if each.marked == each.compared:
+        return "\\*"
+    return f" ({each.compared - each.marked} of {each.compared})" if each.marked else ""
 
 
 def _number(value: float | None, form: str) -> str:

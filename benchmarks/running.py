@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import IO, Any
 
 from benchmarks.engines import engine_named
@@ -19,15 +21,18 @@ from benchmarks.memory import MemoryWatch
 Point = tuple[int, int]
 """Context and batch."""
 
+SETTLE_SECONDS = 0.02  # threads of an engine wait for work this long before they sleep
+
 
 def run_engine(
-    name: str, model: str, points: Sequence[Point], settings: dict[str, Any], threads: int, limit: float
+    name: str, model: str, points: Sequence[Point], settings: dict[str, Any], threads: int, limit: float, reads: Callable[[], float]
 ) -> Iterator[dict[str, Any]]:
     """The rows of one engine, a point after the other as they are there. `settings`: what every engine's `run` takes besides.
 
     Loading, and each point, may take `limit` seconds. A point that takes longer ends the process: it is reported as `unfinished_s`, and so
     is every later one without being tried. Nor is one tried whose prompts would take longer at the pace of the one before, since a token of
     a longer prompt is no less work: `at_least_s`. An engine that fails reports its last line as `error` for what it did not measure.
+    Whenever the engine asks for the bandwidth, it stands still and `reads` is called here: all engines are measured by the same.
     """
     engine = engine_named(name)
     python = os.environ.get(engine.python or "", sys.executable)
@@ -36,13 +41,21 @@ def run_engine(
     command = [python, "-m", f"benchmarks.engines.{engine.module}", model, json.dumps(spec)]
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(
-            command, env={**environment, **engine.environment}, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            command,
+            env={**environment, **engine.environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
         )
         watch = MemoryWatch(process.pid)
         watch.start()
         left, pace = list(points), None  # seconds a token of the last prompts, where that already says that the next ones take too long
         try:
             for row in _rows(process, limit):
+                if "ask" in row:
+                    _answer(process, reads)
                 if "context" not in row:
                     continue
                 left.remove((row["context"], row["batch"]))
@@ -63,6 +76,13 @@ def run_engine(
                 process.wait()
     for context, batch in left:
         yield {"context": context, "batch": batch, **({"at_least_s": pace * context * batch, "limit_s": limit} if pace else failure)}
+
+
+def _answer(process: subprocess.Popen[str], reads: Callable[[], float]) -> None:
+    time.sleep(SETTLE_SECONDS)
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it died: what it left behind is said by `run_engine`
+        print(json.dumps(reads()), file=process.stdin, flush=True)
 
 
 def pace_of_the_hopeless(row: Mapping[str, Any], left: Sequence[Point], limit: float) -> float | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from benchmarks.engines import serve
+from benchmarks.engines.decodes import ATTEMPTS, decodes
 
 
 def run(
@@ -15,13 +16,19 @@ def run(
     from kvshare import LLM
     from kvshare.benchmark.run import measure, room, warm_up
 
-    longest = max(room(context, batch, decode, chunk=512) for context, batch in points)
+    longest = max(room(context, batch, ATTEMPTS * decode, chunk=512) for context, batch in points)
     sequences = max(batch for _, batch in points)
     llm = LLM(model, dtype=dtype, weights=weights, kv_dtype=kv_dtype, max_context=longest, max_sequences=sequences, progress=False)
     warm_up(llm)
     yield {"ready": True}
     for context, batch in points:
-        yield asdict(measure(llm, context, batch, decode))
+        around: dict[str, Any] = {}
+
+        def timed(steps: Callable[[], float], around: dict[str, Any] = around) -> float:
+            around |= decodes(steps)
+            return around["decode_s"]
+
+        yield {**asdict(measure(llm, context, batch, decode, timed=timed, attempts=ATTEMPTS)), **around}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.engines import serve
+from benchmarks.engines.decodes import decodes
 
 
 def run(model: str, points: list[list[int]], decode: int, dtype: str) -> Iterator[dict[str, Any]]:
@@ -28,12 +29,17 @@ def run(model: str, points: list[list[int]], decode: int, dtype: str) -> Iterato
             cache, begun = transformers.DynamicCache(config=lm.config), time.perf_counter()
             token = lm(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
             first = time.perf_counter()
-            for _ in range(decode):
-                token = lm(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-            done = time.perf_counter()
+
+            def steps(token: Any = token, cache: Any = cache) -> float:
+                begun = time.perf_counter()
+                for _ in range(decode):
+                    token = lm(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+                return (time.perf_counter() - begun) / decode
+
+            around = decodes(steps)
             tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
             held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-            yield {"context": context, "batch": batch, "ttft_s": first - begun, "decode_s": (done - first) / decode, "held_bytes": held}
+            yield {"context": context, "batch": batch, "ttft_s": first - begun, **around, "held_bytes": held}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import serve
+from benchmarks.engines.decodes import ATTEMPTS, decodes
 
 
 def run(model: str, points: list[list[int]], decode: int, dtype: str, eager: bool) -> Iterator[dict[str, Any]]:
@@ -25,7 +26,7 @@ def run(model: str, points: list[list[int]], decode: int, dtype: str, eager: boo
     }
     from vllm import LLM, SamplingParams
 
-    longest, sequences = max(context for context, _ in points) + decode + 8, max(batch for _, batch in points)
+    longest, sequences = max(context for context, _ in points) + ATTEMPTS * decode + 8, max(batch for _, batch in points)
     llm = LLM(
         model=model,
         dtype=dtype,
@@ -56,15 +57,19 @@ def run(model: str, points: list[list[int]], decode: int, dtype: str, eager: boo
 
         while not all(counts.values()):
             step()
-        first, before = time.perf_counter(), sum(counts.values())
-        while sum(counts.values()) < before + decode * batch and engine.has_unfinished_requests():
-            step()
-        seconds = time.perf_counter() - first
-        made = sum(counts.values()) - before
+        first = time.perf_counter()
+
+        def steps() -> float:
+            begun, before = time.perf_counter(), sum(counts.values())
+            while sum(counts.values()) < before + decode * batch and engine.has_unfinished_requests():
+                step()
+            return (time.perf_counter() - begun) * batch / (sum(counts.values()) - before)
+
+        around = decodes(steps)
         engine.abort_request(list(counts))
         while engine.has_unfinished_requests():
             engine.step()
-        return {"context": context, "batch": batch, "ttft_s": first - begun, "decode_s": seconds * batch / made}
+        return {"context": context, "batch": batch, "ttft_s": first - begun, **around}
 
     measure(32, 1, 2)
     yield {"ready": True}

@@ -19,6 +19,7 @@ from kvshare.huge_pages import empty_huge
 from kvshare.kernels.read_memory import PATTERNS, read_memory
 
 READ_BYTES = 1 << 30  # far more than the caches hold
+PROBED_BYTES = 256 << 20  # several times what they hold
 PRODUCTS = ((2048, 2048, 2048), (512, 12288, 1536), (512, 1536, 12288))  # rows, outputs, inputs
 
 
@@ -51,10 +52,30 @@ def measure(clock: Callable[[], float] = time.perf_counter) -> Machine:
 
 def read_speed(memory: Tensor, clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes a second in the fastest way to read `memory`, uint8 in one piece: whole MiB, a power of two of them from 16 on."""
+    return memory.nbytes / min(median_seconds(way, 5, clock) for way in _ways_to_read(memory))
+
+
+class ReadProbe:
+    """The read bandwidth at this moment, cheaply enough to ask for it around every measurement; keeps 256 MiB."""
+
+    def __init__(self) -> None:
+        self._ways = _ways_to_read(empty_huge(PROBED_BYTES).fill_(1))
+
+    def __call__(self, clock: Callable[[], float] = time.perf_counter) -> float:
+        """10^9 bytes a second, the best of two readings in each way: some 50 ms with torch's threads."""
+        times = []
+        for way in self._ways * 2:
+            begun = clock()
+            way()
+            times.append(clock() - begun)
+        return PROBED_BYTES / min(times) / 1e9
+
+
+def _ways_to_read(memory: Tensor) -> list[Callable[[], object]]:
     ways: list[Callable[[], object]] = [memory.view(torch.float32).sum]
     if kernels.available():
         ways += [partial(read_memory, memory, pattern) for pattern in PATTERNS]
-    return memory.nbytes / min(median_seconds(way, 5, clock) for way in ways)
+    return ways
 
 
 def _product_speed(rows: int, outputs: int, inputs: int, clock: Callable[[], float]) -> float:

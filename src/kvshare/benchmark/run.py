@@ -45,16 +45,21 @@ def warm_up(llm: LLM) -> None:
 
 
 def measure(
-    llm: LLM, context: int, batch: int, decode: int, progress: Callable[[int, int], None] = lambda done, total: None
+    llm: LLM,
+    context: int,
+    batch: int,
+    decode: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    timed: Callable[[Callable[[], float]], float] = lambda steps: steps(),
+    attempts: int = 1,
 ) -> Measurement:
     """One prompt of random tokens for each sequence, then `decode` steps of all of them together, then some more under a stopwatch.
 
-    `progress` hears of tokens. Raises `RequestError` where `room(...)` is more than the model's context.
+    `progress` hears of tokens. `timed` is given what takes `decode` steps and returns the seconds of one; it may call that `attempts`
+    times, and returns what counts. Raises `RequestError` where `room(...)` for all attempts is more than the model's context.
     """
-    engine, params = (
-        llm.engine,
-        SamplingParams(temperature=0, max_tokens=room(context, batch, decode, llm.engine.chunk) - context, ignore_eos=True),
-    )
+    engine, most = llm.engine, room(context, batch, attempts * decode, llm.engine.chunk) - context
+    params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
     prompts = torch.randint(5, llm.model.vocab_size, (batch, context), generator=torch.Generator().manual_seed(context)).tolist()
     llm.arena.reset_peak()
     ids, total, weights = [], batch * context + decode, weight_bytes(llm.model)
@@ -67,11 +72,15 @@ def measure(
             engine.step()
             progress(sum(min(context, sequence.cache.num_tokens) for sequence in sequences), total)
         ttft = time.perf_counter() - begun
-        begun = time.perf_counter()
-        for step in range(decode):
-            engine.step()
-            progress(batch * context + step + 1, total)
-        seconds = (time.perf_counter() - begun) / decode
+
+        def steps() -> float:
+            begun = time.perf_counter()
+            for step in range(decode):
+                engine.step()
+                progress(batch * context + step + 1, total)
+            return (time.perf_counter() - begun) / decode
+
+        seconds = timed(steps)
         held, peak = llm.arena.held_bytes, llm.arena.peak_bytes
         profile = profile_steps(llm, context + decode, batch, weights.whole if weights else None)
     finally:
