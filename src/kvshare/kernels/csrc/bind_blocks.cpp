@@ -37,9 +37,9 @@ void bind_blocks(nb::module_& m) {
         not_recorded("encoding weights");
         nb::gil_scoped_release released;
         const Isa& isa = active_isa();
-#pragma omp parallel for schedule(dynamic)
-        for (int64_t r = 0; r < rows; r++)
+        in_turn(rows, [&](int64_t r) {
             isa.products.encode(type, reinterpret_cast<const uint8_t*>(numbers) + r * k * (bf16 ? 2 : 4), bf16, k, reinterpret_cast<uint8_t*>(to) + r * row_bytes);
+        });
     }, "type"_a, "numbers"_a, "bf16"_a, "rows"_a, "k"_a, "to"_a);
 
     // Rows of the file interleaved by sixteens; those behind the last whole strip are copied as they are.
@@ -50,8 +50,7 @@ void bind_blocks(nb::module_& m) {
         uint8_t* strip = reinterpret_cast<uint8_t*>(to);
         nb::gil_scoped_release released;
         with_format(type, [&]<BlockType T>() {
-#pragma omp parallel for schedule(dynamic)
-            for (int64_t i = 0; i < strips; i++) strip_of_rows<T>(source + i * STRIP * row_bytes, blocks, strip + i * STRIP * row_bytes);
+            in_turn(strips, [&](int64_t i) { strip_of_rows<T>(source + i * STRIP * row_bytes, blocks, strip + i * STRIP * row_bytes); });
         });
         const int64_t done = strips * STRIP * row_bytes;
         memcpy(strip + done, source + done, size_t(rows * row_bytes - done));
@@ -67,8 +66,7 @@ void bind_blocks(nb::module_& m) {
             const auto* row = reinterpret_cast<const int64_t*>(indices);
             for (int64_t i = 0; i < count; i++)
                 if (row[i] < 0 || row[i] >= entries) throw std::out_of_range("a row is not in the table");
-#pragma omp parallel for schedule(static) if (count > 8)
-            for (int64_t i = 0; i < count; i++) {
+            const auto decode_row = [&](int64_t i) {
                 static thread_local Scratch scratch;
                 const uint8_t* from = reinterpret_cast<const uint8_t*>(table) + row[i] * row_bytes;
                 if (row[i] < in_strips) {
@@ -78,7 +76,8 @@ void bind_blocks(nb::module_& m) {
                     from = room;
                 }
                 isa.products.decode({type, false, from + offset, 0, 1}, width, reinterpret_cast<uint8_t*>(to) + i * width * (bf16 ? 2 : 4), bf16);
-            }
+            };
+            in_parallel(count > 8 ? most_threads() : 1, [&](const Share& share) { share.each(count, decode_row); });
         });
     }, "type"_a, "table"_a, "interleaved"_a, "entries"_a, "k"_a, "indices"_a, "count"_a, "begin"_a, "end"_a, "to"_a, "bf16"_a);
 

@@ -69,13 +69,13 @@ void bind_paged_attention(nb::module_& m) {
         const Isa& isa = active_isa();
         const RowKind kind{number};
         const int64_t size = bf16 ? 2 : 4;
-#pragma omp parallel for schedule(static) if (count * row_bytes > 1 << 16)
-        for (int64_t row = 0; row < count; row++) {
+        const auto decode_row = [&](int64_t row) {
             for (int head = 0; head < heads; head++) {
                 const uint8_t* from = at<const uint8_t>(rows) + row * row_bytes + head * head_bytes(kind, width);
                 isa.rows.decode_heads(kind, width, &from, 1, at<uint8_t>(to) + (row * heads + head) * width * size, width, bf16);
             }
-        }
+        };
+        in_parallel(count * row_bytes > 1 << 16 ? most_threads() : 1, [&](const Share& share) { share.each(count, decode_row); });
     });
 
     nb::class_<Rotation>(m, "Rotation").def(nb::init<std::vector<float>, std::vector<float>>(), "signs"_a, "matrix"_a);
@@ -90,12 +90,12 @@ void bind_paged_attention(nb::module_& m) {
               if (given.p->width > WIDEST_HEAD) throw std::invalid_argument("heads of " + std::to_string(given.p->width) + " numbers");
               perform(Gil::released, [shape = given.p, kept = nb::borrow(given.h), values, bf16, row_stride, head_stride, count, heads, to](const Isa& isa) {
                   const int64_t bytes = head_bytes(shape->kind, shape->width);
-#pragma omp parallel for schedule(static) if (count * heads >= PARALLEL_HEADS)
-                  for (int64_t i = 0; i < count * heads; i++) {
+                  const auto encode_head = [&](int64_t i) {
                       const int64_t place = i / heads * row_stride + i % heads * head_stride;
                       const void* from = bf16 ? static_cast<const void*>(at<const uint16_t>(values) + place) : at<const float>(values) + place;
                       encode(isa, *shape, i % heads, from, bf16, at<uint8_t>(to) + i * bytes);
-                  }
+                  };
+                  in_parallel(count * heads >= PARALLEL_HEADS ? most_threads() : 1, [&](const Share& share) { share.each(count * heads, encode_head); });
               });
           });
 

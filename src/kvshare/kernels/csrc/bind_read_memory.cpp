@@ -1,10 +1,11 @@
 #include <nanobind/nanobind.h>
-#include <omp.h>
 
+#include <atomic>
 #include <stdexcept>
 
 #include "address.h"
 #include "kernels.h"
+#include "team.h"
 
 namespace nb = nanobind;
 using namespace kvshare;
@@ -16,12 +17,11 @@ void bind_read_memory(nb::module_& m) {
         nb::gil_scoped_release released;
         const int64_t blocks = bytes / (streams * run);
         if (blocks * streams * run != bytes) throw std::invalid_argument("the memory is not whole blocks");
-        uint64_t total = 0;
-#pragma omp parallel reduction(+ : total)
-        {
-            const int64_t first = blocks * omp_get_thread_num() / omp_get_num_threads(), last = blocks * (omp_get_thread_num() + 1) / omp_get_num_threads();
+        std::atomic<uint64_t> total{0};
+        in_parallel(most_threads(), [&](const Share& share) {
+            const int64_t first = blocks * share.index / share.count, last = blocks * (share.index + 1) / share.count;
             total += active_isa().read_memory(at<const uint8_t>(from) + first * streams * run, (last - first) * streams * run, streams, run, ahead);
-        }
-        return total;
+        });
+        return total.load();
     });
 }

@@ -1,11 +1,11 @@
 #include "paged_attention.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
+
+#include "team.h"
 
 namespace kvshare {
 
@@ -146,14 +146,13 @@ void PagedAttention::attend(
     std::atomic<int64_t> next{0};
     const bool alone = total_bytes < SINGLE_THREAD_BYTES;
 
-#pragma omp parallel num_threads(alone ? 1 : omp_get_max_threads())
-    {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < heads; i++) {
+    in_parallel(alone ? 1 : most_threads(), [&](const Share& thread) {
+        thread.each(heads, [&](int64_t i) {
             const int64_t s = i / query_heads;
             const Query& query = queries[size_t(s)];
             spell(isa, kinds_[size_t(query.kind)].k, q, query.row, query_heads, int(i % query_heads), spelled + s * query_heads * head_bytes);
-        }
+        });
+        thread.wait_for_all();
         for (int64_t i = next++; i < int64_t(parts.size()); i = next++) {
             const Part& part = parts[size_t(i)];
             float* sums = partial + i * floats;
@@ -168,9 +167,8 @@ void PagedAttention::attend(
                 {spelled_query, maxima, weights, sums, k.kind, v.kind, kv_heads_, query_heads / kv_heads_, k.width, v.width, head_bytes, scale, softcap}
             );
         }
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < int64_t(rows.size()) * query_heads; i++) {
+        thread.wait_for_all();
+        thread.each(int64_t(rows.size()) * query_heads, [&](int64_t i) {
             const int64_t s = i / query_heads, head = i % query_heads;
             float maximum = sinks ? sinks[head] : -INFINITY, weight = 0;
             for (int64_t p = first_part[size_t(s)]; p < first_part[size_t(s) + 1]; p++) maximum = std::max(maximum, partial[p * floats + query_heads * value_width + head]);
@@ -183,8 +181,8 @@ void PagedAttention::attend(
                 for (int64_t c = 0; c < value_width; c++) sums[c] += share * at[head * value_width + c];
             }
             finish(sums, weight > 0 ? 1.0f / weight : 0.0f, out, rows[size_t(s)] * query_heads + head);
-        }
-    }
+        });
+    });
 }
 
 }  // namespace kvshare

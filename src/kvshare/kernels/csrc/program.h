@@ -13,6 +13,7 @@
 #include "kernels.h"
 #include "step_spans.h"
 #include "stopwatch.h"
+#include "team.h"
 
 namespace kvshare {
 
@@ -36,10 +37,16 @@ class Program {
 
     void run(int64_t begin, int64_t end, const StepSpans& spans) const {
         const Isa& isa = active_isa();
-        for (int64_t i = begin; i < end; i++) calls_[size_t(i)](isa, spans);
+        const auto lead = [&] {
+            for (int64_t i = begin; i < end; i++) calls_[size_t(i)](isa, spans);
+        };
+        if (end - begin < LEAST_CALLS) lead();
+        else Team::open(lead);
     }
 
   private:
+    static constexpr int64_t LEAST_CALLS = 4;  // fewer take their threads one by one sooner than they open a team
+
     StepSpans recorded_from_;
     std::vector<Call> calls_;
     std::string refusal_;

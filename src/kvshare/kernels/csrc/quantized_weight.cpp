@@ -1,13 +1,13 @@
 #include "quantized_weight.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+
+#include "team.h"
 
 namespace kvshare {
 
@@ -137,7 +137,7 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
     const int64_t k = in_features_, out_features = end - begin;
     if (!rows || !out_features) return;
     const bool alone = bytes_ / out_features_ * out_features < SINGLE_THREAD_BYTES;
-    const Pieces pieces(segments_, k, begin, end, alone ? 1 : omp_get_max_threads());
+    const Pieces pieces(segments_, k, begin, end, alone ? 1 : most_threads());
     const Activations* activations = has_blocks_ ? rounded.room(rows, k) : nullptr;
     const auto row = [&](int64_t r) { return static_cast<const uint8_t*>(x) + r * k * (x_bf16 ? 2 : 4); };
     const bool rounded_alone = has_blocks_ && (alone || rows * k <= ROUNDED_ALONE);
@@ -146,13 +146,12 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
     const int64_t times = (rows + MAX_ROWS - 1) / MAX_ROWS, together = (rows + times - 1) / times;
     alignas(LINE) std::atomic<int64_t> next{0};
 
-#pragma omp parallel if (!alone)
-    {
+    in_parallel(alone ? 1 : most_threads(), [&](const Share& thread) {
         if (has_blocks_ && !rounded_alone) {
             constexpr int64_t unit = 2048;
             const int64_t units = (k + unit - 1) / unit;
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < rows * units; i++) isa.products.round(row(i / units), x_bf16, i % units * unit, std::min(k, i % units * unit + unit), activations[i / units]);
+            thread.each(rows * units, [&](int64_t i) { isa.products.round(row(i / units), x_bf16, i % units * unit, std::min(k, i % units * unit + unit), activations[i / units]); });
+            thread.wait_for_all();
         }
         alignas(LINE) float sums[MAX_ROWS * PIECE_ROWS];
         // the piece behind this one is taken before this one is worked on, so that the kernel can ask the memory for it in time
@@ -169,16 +168,15 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
                 for (int j = 0; out_bf16 && j < count; j++) to_bf16(sums + j * stride, weights.count, static_cast<uint16_t*>(out) + (r + j) * out_features + first);
             }
         }
-    }
+    });
 }
 
 void QuantizedWeight::decode(const Isa& isa, int64_t begin, int64_t end, void* to, bool bf16) const {
-    const Pieces pieces(segments_, in_features_, begin, end, omp_get_max_threads());
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < pieces.count(); i++) {
+    const Pieces pieces(segments_, in_features_, begin, end, most_threads());
+    in_turn(pieces.count(), [&](int64_t i) {
         const auto [weights, first] = pieces[i];
         isa.products.decode(weights, in_features_, static_cast<uint8_t*>(to) + first * in_features_ * (bf16 ? 2 : 4), bf16);
-    }
+    });
 }
 
 }  // namespace kvshare

@@ -1,10 +1,10 @@
 #include "row_selection.h"
 
-#include <omp.h>
-
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
+#include "team.h"
 #include "tile_attention.h"
 
 namespace kvshare {
@@ -137,26 +137,25 @@ void RowSelection::select(const Isa& isa, const uint16_t* q, const float* weight
             for (int64_t tile = 0; tile < slice.tiles(); tile += ITEM_TILES) items.push_back({&slice, tile, std::min(tile + ITEM_TILES, slice.tiles())});
             for (int64_t t = 0; t < slice.count; t++) tokens.push_back({&slice, t});
         }
-#pragma omp parallel
-        {
-#pragma omp for schedule(static)
-            for (size_t i = 0; i < tokens.size(); i++) {
-                const auto [slice, t] = tokens[i];
+        std::atomic<size_t> next_item{0}, next_token{0};
+        in_parallel(most_threads(), [&](const Share& thread) {
+            thread.each(int64_t(tokens.size()), [&](int64_t i) {
+                const auto [slice, t] = tokens[size_t(i)];
                 const int64_t token = slice->token + t, given = slice->first + t;
                 pack(isa, q + given * heads * keys_.width, weights + given * heads, heads, vectors, packed + token * lanes * keys_.width / 2, lane_weights + token * lanes);
-            }
-#pragma omp for schedule(dynamic)
-            for (size_t i = 0; i < items.size(); i++)
+            });
+            thread.wait_for_all();
+            for (size_t i = next_item++; i < items.size(); i = next_item++)
                 for (int64_t tile = items[i].tile; tile < items[i].end; tile++) {
                     const Slice& slice = *items[i].slice;
                     score(isa, slice, positions, tile, vectors, packed + slice.token * lanes * keys_.width / 2, lane_weights + slice.token * lanes, scores + slice.score);
                 }
-#pragma omp for schedule(dynamic)
-            for (size_t i = 0; i < tokens.size(); i++) {
+            thread.wait_for_all();
+            for (size_t i = next_token++; i < tokens.size(); i = next_token++) {
                 const auto [slice, t] = tokens[i];
                 best_rows(scores + slice->score + t * slice->padded(), seen(positions[slice->first + t]), top_k, to + (slice->first + t) * top_k);
             }
-        }
+        });
     }
 }
 

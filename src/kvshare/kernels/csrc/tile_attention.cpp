@@ -1,11 +1,11 @@
 #include "tile_attention.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+
+#include "team.h"
 
 namespace kvshare {
 
@@ -276,10 +276,9 @@ void TileAttention::attend(const Isa& isa, const uint16_t* q, uint16_t* out, con
     static thread_local Scratch scratch;
     float* kept = items.back().kept || items.back().parts > 1 ? scratch.floats(items.back().kept + sum_floats()) : nullptr;
     std::atomic<size_t> next{0}, next_merge{0};
-#pragma omp parallel num_threads(items.size() == 1 ? 1 : omp_get_max_threads())
-    {
+    in_parallel(items.size() == 1 ? 1 : most_threads(), [&](const Share& thread) {
         for (size_t i = next++; i < items.size(); i = next++) run(work, items[i], kept);
-#pragma omp barrier
+        thread.wait_for_all();
         for (size_t i = next_merge++; i < items.size(); i = next_merge++) {
             if (items[i].parts == 1 || items[i].part) continue;
             TileQueries into[SUBS], from[SUBS];
@@ -290,7 +289,7 @@ void TileAttention::attend(const Isa& isa, const uint16_t* q, uint16_t* out, con
             }
             write(work, items[i], into);
         }
-    }
+    });
 }
 
 }  // namespace kvshare
