@@ -36,6 +36,7 @@ from kvshare.benchmark.profile import profile_from
 from kvshare.benchmark.summary import unfinished
 from kvshare.cli.units import parse_tokens
 from kvshare.doctor.environment import environment
+from kvshare.errors import KVShareError
 
 EVERYTHING: list[Point] = [(512, 1), (4096, 1), (512, 8), (16_384, 1), (65_536, 1)]
 """Contexts and batches where none are named."""
@@ -173,4 +174,7 @@ def _extra(text: str) -> list[Point]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KVShareError as error:
+        sys.exit(f"benchmarks.compare: {error}")

@@ -27,6 +27,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kvshare.errors import KVShareError
+
 ALLOWANCE = 300_000_000  # bytes beyond weights and cache
 DECODED = 16  # tokens behind the prompt
 SAMPLE_SECONDS = 0.005
@@ -106,7 +108,7 @@ def memory_of(pid: int) -> dict[str, int]:
     """Bytes in memory: of the process alone, and of mapped files."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     found = {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines) if name.startswith("Rss")}
-    return {"anonymous": found["RssAnon"], "files": found["RssFile"]}
+    return {"anonymous": found.get("RssAnon", 0), "files": found.get("RssFile", 0)}  # one that has just ended has neither
 
 
 def watch(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,4 +200,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KVShareError as error:
+        sys.exit(f"benchmarks.long_context: {error}")

@@ -17,6 +17,7 @@ from kvshare.layout.precision import describe_precision, read_precision
 from kvshare.planner import plan
 from kvshare.tuning.assignment import greedy_path
 from kvshare.tuning.candidates import candidates_for
+from kvshare.tuning.journal import Journal, journal_for
 from kvshare.tuning.tune import tune
 
 SHORT = ("--tokens", 96, "--window", 48)
@@ -79,6 +80,41 @@ def test_what_tune_writes_is_what_the_engine_and_the_plan_load(command: Command,
         assert metrics.planned_bytes == metrics.held_bytes == llm.layout.held_bytes(290, 1, names)
     llm.arena.check_integrity()
     assert llm.arena.num_held == 0
+
+
+def test_an_interrupted_tuning_leaves_the_best_so_far_and_goes_on_later(tmp_path: Path) -> None:
+    model, windows, names = tiny_model.model(), [list(range(3, 60))], ("int8", "int4", "rot3")
+    whole = tune(model, windows, 3e-2, names, context=200)
+    file = tmp_path / "a" / "journal.jsonl"
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 6:  # the reference and three precisions of all owners, then two owners alone
+            raise KeyboardInterrupt
+
+    first = tune(model, windows, 3e-2, names, 200, interrupt, Journal(file))
+    assert first.interrupted
+    assert (first.owners, first.uniform) == ({}, whole.uniform)
+    assert first.found.divergence.kl <= 3e-2
+    assert first.found.bytes == model.layout.bytes(200, 1, first.chosen) < first.reference_bytes
+    with file.open("a") as torn:
+        torn.write('["[0, 8, ')
+    kept = Journal(file)
+    assert len(kept) == 4
+    assert tune(model, windows, 3e-2, names, 200, known=kept) == whole
+    assert len(Journal(file)) == len(kept) > 4
+    kept.forget()
+    assert len(Journal(file)) == 0
+
+
+def test_a_journal_is_of_one_text_and_of_files_as_they_are(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVSHARE_CACHE", str(tmp_path))
+    paths = [
+        journal_for(tiny, [[1, 2, 3]], ["float32"]),
+        journal_for(tiny, [[1, 2]], ["float32"]),
+        journal_for(tiny, [[1, 2, 3]], ["bfloat16"]),
+    ]
+    assert len({journal.path for journal in paths}) == 3
+    assert journal_for(tiny, [[1, 2, 3]], ["float32"]).path == paths[0].path
 
 
 def test_owners_with_readers_cost_more_in_the_demo_model(command: Command) -> None:

@@ -8,7 +8,7 @@ import torch
 from parity.harness import chunked, random_ids
 
 from kvshare.evaluation import divergence
-from kvshare.evaluation.divergence import divergences
+from kvshare.evaluation.divergence import Comparison, cached_hidden, divergences
 
 IDS = random_ids(tiny.VOCAB, sequences=3, tokens=70)
 WINDOWS = [IDS[0].tolist(), IDS[1, :37].tolist(), IDS[2, :1].tolist()]
@@ -64,7 +64,7 @@ def test_logits_never_exist_for_a_whole_window(monkeypatch: pytest.MonkeyPatch) 
     model, rows = tiny.model(), []
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden))
-    divergences(model, WINDOWS, "bf16", ["int8"] * 3)
+    divergences(model, WINDOWS, "bf16", ["int8", "int4", "rot3"])
     assert max(rows) == divergence.HEAD_ROWS < 70
     assert len(rows) == (2 + 1 + 1) * 4  # the reference's once for all three candidates
 
@@ -74,4 +74,32 @@ def test_groups_of_candidates_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
     together = divergences(tiny.model(), WINDOWS, "bf16", forms)
     monkeypatch.setattr(divergence, "TOGETHER", 2)
     assert divergences(tiny.model(), WINDOWS, "bf16", forms, seen.append) == together
-    assert seen == [2, 2, 1] * 3
+    assert seen == [1] * 5 * 3
+
+
+def test_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by another comparison with the same memory either, nor where the same precisions are written in another way."""
+    known, runs = {}, []
+    monkeypatch.setattr(divergence, "cached_hidden", lambda *rest: runs.append(rest[2]) or cached_hidden(*rest))
+    first = Comparison(tiny.model(), WINDOWS, "bf16", known=known).of(["int8", "rot3"])
+    assert len(runs) == (1 + 2) * len(WINDOWS)
+    runs.clear()
+    assert Comparison(tiny.model(), WINDOWS, "bf16", known=known).of([{-1: "rot3"}, "int8"]) == first[::-1]
+    assert runs == []
+
+
+def test_what_was_measured_before_an_interruption_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison, forms, seen = Comparison(tiny.model(), WINDOWS, "bf16"), ["int8", "int4", "rot3"], []
+    monkeypatch.setattr(divergence, "TOGETHER", 1)
+
+    def watch(count: int) -> None:
+        seen.append(count)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        comparison.of(forms, watch)
+    seen.clear()
+    found = comparison.of(forms, lambda count: seen.append(count))
+    assert seen == [3, 1, 1, 1, 1, 1, 1]  # a window was done; of the next one only the last candidate had been compared with nothing
+    assert found == divergences(tiny.model(), WINDOWS, "bf16", forms)

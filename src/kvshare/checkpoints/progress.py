@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ Notice = Callable[[str], None]
 """Called with a line for people who wait."""
 
 PATIENCE_SECONDS = 2.0
+LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
 
 def say(line: str) -> None:
@@ -28,7 +30,7 @@ def ignore(line: str) -> None:
 
 @contextmanager
 def progress_bar(title: str, patience: float = PATIENCE_SECONDS, unit: str = "bytes") -> Iterator[Progress]:
-    """A `Progress` that shows on standard error once `patience` seconds have passed: a bar on a terminal, elsewhere one line.
+    """A `Progress` that shows on standard error once `patience` seconds have passed: a bar on a terminal, elsewhere a line now and then.
 
     Numbers are bytes, shown as sizes and a speed, or are followed by `unit`.
     """
@@ -44,18 +46,25 @@ def progress_bar(title: str, patience: float = PATIENCE_SECONDS, unit: str = "by
     columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
     bar = Bar(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(title, total=None)
-    begun, shown = time.monotonic(), False
+    begun, shown = time.monotonic(), -math.inf
+
+    def amount_of(number: int) -> str:
+        return decimal(number) if unit == "bytes" else f"{number:,} {unit}"
 
     def update(done: int, total: int) -> None:
         nonlocal shown
+        now = time.monotonic()
         bar.update(task, completed=done, total=total)
-        if shown or done >= total or time.monotonic() - begun <= patience:
+        if done >= total or now - begun <= patience or now - shown < (math.inf if bar.console.is_terminal else LINE_SECONDS):
             return
-        shown = True
+        first, shown = shown < 0, now
         if bar.console.is_terminal:
             bar.start()
+        elif first:
+            bar.console.print(f"{title}: {amount_of(total)}", highlight=False)
         else:
-            bar.console.print(f"{title}: {decimal(total) if unit == 'bytes' else f'{total:,} {unit}'}", highlight=False)
+            left = (now - begun) * (total - done) / done if done else math.inf
+            bar.console.print(f"{title}: {amount_of(done)} of {amount_of(total)}, about {left / 60:.0f} min left", highlight=False)
 
     try:
         yield update

@@ -54,7 +54,8 @@ def tune(
 
     An owner is a layer that stores rows; others may read them. Each is measured alone in each precision, by the KL divergence of the
     model's predictions from those with a bf16 cache; then assignments are tried as a whole until the cheapest within --target-kl is found.
-    Fewer bytes are less memory and, in long contexts, less time to read them.
+    Fewer bytes are less memory and, in long contexts, less time to read them. Ctrl-C prints (and writes) the best found so far; the same
+    command goes on from there.
     """
     content = _read(text) if text is not None else None
     if output is not None and not output.parent.is_dir():
@@ -62,11 +63,13 @@ def tune(
     length = parse_tokens(context)
     names = None if candidates is None else [name.strip() for name in candidates.split(",") if name.strip()]
 
+    from kvshare import kernels
     from kvshare.checkpoints.progress import progress_bar
     from kvshare.checkpoints.resolve import locate
     from kvshare.demo import sample_text
     from kvshare.engine.llm import LLM
     from kvshare.evaluation.perplexity import text_windows
+    from kvshare.tuning.journal import journal_for
     from kvshare.tuning.plot import check_path, save_plot
     from kvshare.tuning.report import to_json
     from kvshare.tuning.tune import tune as tune_model
@@ -74,21 +77,27 @@ def tune(
     if plot is not None:
         check_path(plot)
     plain = "bf16" if dtype == "bfloat16" else "auto"
-    llm = LLM(locate(model), dtype=dtype, max_context=window, max_sequences=1, weights=plain, kv_layout=kv_layout)
+    files = locate(model)
+    llm = LLM(files, dtype=dtype, max_context=window, max_sequences=1, weights=plain, kv_layout=kv_layout)
     windows = _first(text_windows(llm.tokenizer, content or sample_text(), window), tokens)
+    journal = journal_for(files, windows, (dtype, kv_layout, kernels.isa() if kernels.available() else "torch"))
     with progress_bar("measuring", unit="forward passes") as progress:
-        found = tune_model(llm.model, windows, target_kl, names, min(length, llm.layout.max_context or length), progress)
+        found = tune_model(llm.model, windows, target_kl, names, min(length, llm.layout.max_context or length), progress, journal)
+    if found.interrupted:
+        typer.echo("interrupted: this is the best that was found so far. The same command goes on where this one stopped.", err=True)
+    else:
+        journal.forget()
     result = to_json(found, llm.layout, llm.origin)
     if output is not None:
         output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if plot is not None:
+    if plot is not None and found.owners:
         save_plot(found, llm.layout, f"{model}: what an owner's precision costs", plot)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
     _print(found, llm.layout, model)
     for file, what in ((plot, "plot"), (output, "precisions")):
-        if file is not None:
+        if file is not None and (file is not plot or found.owners):
             typer.echo(f"{what} written to {file}")
 
 
@@ -122,6 +131,9 @@ def _print(tuning: Tuning, layout: CacheLayout, model: str) -> None:
     console = Console(highlight=False)
     tokens, names = tuning.found.divergence.tokens, list(tuning.uniform)
     console.print(Text(f"{model}: {tokens:,} tokens of text, bytes at {tuning.context:,} tokens", style="bold"))
+    if not tuning.owners:
+        console.print(_whole_caches(tuning))
+        return
     console.print(
         Text(
             f"KL from a bf16 cache, nats a token, where one owner alone is stored in each precision (every {SAMPLED}th token):", style="dim"

@@ -18,6 +18,7 @@ def to_json(tuning: Tuning, layout: CacheLayout, model: str) -> dict[str, Any]:
         "target_kl": tuning.target_kl,
         "context": tuning.context,
         "reference_bytes": tuning.reference_bytes,
+        **({"interrupted": True} if tuning.interrupted else {}),
         **_measured(tuning.found),
         "uniform": {name: _measured(one) for name, one in tuning.uniform.items()},
         "owners": [
