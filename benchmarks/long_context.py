@@ -122,12 +122,13 @@ def watch(settings: Mapping[str, Any]) -> dict[str, Any]:
     selector.register(process.stdout, selectors.EVENT_READ)
     while len(phases) < len(PHASES):
         said = selector.select(SAMPLE_SECONDS)
-        if process.poll() is not None:
-            raise SystemExit(f"the run ended early, in the phase behind {list(phases)[-1:]}")
         now = memory_of(process.pid)
         peak = {kind: max(peak[kind], now[kind]) for kind in peak}
         if said:
-            line = json.loads(process.stdout.readline())
+            text = process.stdout.readline()
+            if not text:
+                raise SystemExit(f"the run ended early, behind the phases {list(phases)}")
+            line = json.loads(text)
             phases[line.pop("phase")] = {**line, **peak, "end": now}
             peak = now
             process.stdin.write(b"\n")

@@ -97,7 +97,7 @@ def test_an_interrupted_tuning_leaves_the_best_so_far_and_goes_on_later(tmp_path
     assert first.found.divergence.kl <= 3e-2
     assert first.found.bytes == model.layout.bytes(200, 1, first.chosen) < first.reference_bytes
     with file.open("a") as torn:
-        torn.write('["[0, 8, ')
+        torn.write('\n["[0, 8, ')
     kept = Journal(file)
     assert len(kept) == 4
     assert tune(model, windows, 3e-2, names, 200, known=kept) == whole
