@@ -40,13 +40,20 @@ struct WeightRows {
     int64_t skip, count;
 };
 
-// One row of activations as numbers of 16 bits with a scale for every 32: x = scale * q, |q| <= LARGEST_Q. Its length is a multiple of 32.
+// Rows of activations as numbers of 16 bits with a scale for every 32: x = scale * q, |q| <= LARGEST_Q. Their length is a multiple of 32. Groups of 32
+// of all rows lie beside one another, so that a product of several rows finds them behind a single address.
 struct Activations {
-    int16_t* q;      // [k] (AVX512 keeps the bytes of each 32 apart: 32 upper ones u, then 32 lower ones l, both signed, q = 256 u + l)
-    float* scale;    // [k / 32]
-    float* sum;      // [k / 32] scale times the sum of 32 q: what a minimum of the weights is multiplied by
-    int32_t* sum32;  // [k / 32] the sum of 32 q: what an offset of the weights is multiplied by
-    int32_t* sum16;  // [k / 16] the same for 16
+    int16_t* q;      // [k / 32, rows, 32] (AVX512 keeps the bytes of each 32 apart: 32 upper ones u, then 32 lower ones l, both signed, q = 256 u + l)
+    float* scale;    // [k / 32, rows]
+    float* sum;      // [k / 32, rows] scale times the sum of 32 q: what a minimum of the weights is multiplied by
+    int32_t* sum32;  // [k / 32, rows] the sum of 32 q: what an offset of the weights is multiplied by
+    int32_t* sum16;  // [k / 32, rows, 2] the same for 16
+    int64_t rows;
+
+    Activations from(int64_t row, int64_t group = 0) const {  // the same rows without those before `row`, and without the groups before `group`
+        const int64_t at = group * rows + row;
+        return {q + 32 * at, scale + at, sum + at, sum32 + at, sum16 + 2 * at, rows};
+    }
 };
 
 constexpr float LARGEST_Q = 127 * 256 + 127;
@@ -84,11 +91,11 @@ constexpr int64_t query_bytes(int width) { return int64_t(width + 63) / 64 * 64 
 
 // Products with weights: quantized_weight.cpp.
 struct ProductKernels {
-    // Fill numbers [begin, end) of one row, multiples of 32; x is float32, or bfloat16 where `bf16`.
+    // Fill numbers [begin, end) of the first row, multiples of 32; x is float32, or bfloat16 where `bf16`.
     void (*round)(const void* x, bool bf16, int64_t begin, int64_t end, const Activations& to);
-    // y[r * stride + n] = weights[n] . x[r] for rows of weights of k numbers, in any format but BF16, and `rows` <= MAX_ROWS rows of
-    // activations. `ahead`: what will be read next. A result depends on its row of weights and its row of activations alone.
-    void (*multiply)(const WeightRows& weights, int64_t k, const Activations* x, int rows, float* y, int64_t stride, const uint8_t* ahead);
+    // y[r * stride + n] = weights[n] . x[r] for rows of weights of k numbers, in any format but BF16, and the first `rows` <= MAX_ROWS rows
+    // of activations. `ahead`: what will be read next. A result depends on its row of weights and its row of activations alone.
+    void (*multiply)(const WeightRows& weights, int64_t k, const Activations& x, int rows, float* y, int64_t stride, const uint8_t* ahead);
     // The same for BF16 weights and activations [rows, k] as they are.
     void (*multiply_bf16)(const uint8_t* weights, int64_t count, int64_t k, const void* x, bool bf16, int rows, float* y, int64_t stride, const uint8_t* ahead);
     // Rows of weights as numbers: to[count, k], bfloat16 or float32.

@@ -9,13 +9,14 @@ inline void round_row(const void* x, bool bf16, int64_t begin, int64_t end, cons
         for (int i = 0; i < 32; i++) v[i] = bf16 ? bf16_to_float(static_cast<const uint16_t*>(x)[start + i]) : static_cast<const float*>(x)[start + i];
         for (int i = 0; i < 32; i++) largest = fabsf(v[i]) > largest ? fabsf(v[i]) : largest;
         const float inverse = largest > SMALLEST ? LARGEST_Q / largest : 0.0f, scale = largest / LARGEST_Q;
-        for (int i = 0; i < 32; i++) to.q[start + i] = int16_t(rintf(v[i] * inverse));
+        const Activations group = to.from(0, start / 32);
         int32_t sums[2] = {};
-        for (int i = 0; i < 32; i++) sums[i / 16] += to.q[start + i];
-        to.scale[start / 32] = scale;
-        to.sum32[start / 32] = sums[0] + sums[1];
-        to.sum[start / 32] = scale * float(sums[0] + sums[1]);
-        for (int h = 0; h < 2; h++) to.sum16[start / 16 + h] = sums[h];
+        for (int i = 0; i < 32; i++) group.q[i] = int16_t(rintf(v[i] * inverse));
+        for (int i = 0; i < 32; i++) sums[i / 16] += group.q[i];
+        *group.scale = scale;
+        *group.sum32 = sums[0] + sums[1];
+        *group.sum = scale * float(sums[0] + sums[1]);
+        for (int h = 0; h < 2; h++) group.sum16[h] = sums[h];
     }
 }
 
@@ -57,7 +58,7 @@ class GroupSums {
 #endif
 
 template <BlockType T>
-void multiply_blocks(const uint8_t* weights, int64_t count, int64_t k, const Activations* x, int rows, float* y, int64_t stride) {
+void multiply_blocks(const uint8_t* weights, int64_t count, int64_t k, const Activations& x, int rows, float* y, int64_t stride) {
     constexpr BlockShape shape = shape_of(T);
     const int64_t row_bytes = k / shape.weights * shape.bytes;
     for (int64_t n = 0; n < count; n++) {
@@ -67,9 +68,9 @@ void multiply_blocks(const uint8_t* weights, int64_t count, int64_t k, const Act
             Group w;
             read_group<T>(weights + n * row_bytes, g, w);
             for (int r = 0; r < rows; r++) {
-                const float scale = x[r].scale[g];
-                sums[r].add(w.q, x[r].q + 32 * g, scale * w.scale[0], scale * w.scale[1]);
-                minima[r] += w.minimum * x[r].sum[g];
+                const Activations group = x.from(r, g);
+                sums[r].add(w.q, group.q, *group.scale * w.scale[0], *group.scale * w.scale[1]);
+                minima[r] += w.minimum * *group.sum;
             }
         }
         for (int r = 0; r < rows; r++) y[r * stride + n] = sums[r].total() + minima[r];
@@ -124,7 +125,7 @@ inline void decode_rows(const WeightRows& weights, int64_t k, void* to, bool bf1
     else decode_numbers(weights, k, static_cast<float*>(to));
 }
 
-inline void multiply_rows(const WeightRows& weights, int64_t k, const Activations* x, int rows, float* y, int64_t stride, const uint8_t*) {
+inline void multiply_rows(const WeightRows& weights, int64_t k, const Activations& x, int rows, float* y, int64_t stride, const uint8_t*) {
     with_format(weights.type, [&]<BlockType T>() {
         in_file_order<T>(weights, k, [&](const uint8_t* from, int64_t first, int64_t count) { multiply_blocks<T>(from, count, k, x, rows, y + first, stride); });
     });

@@ -12,7 +12,8 @@ inline void round_avx512(const void* x, bool bf16, int64_t begin, int64_t end, c
         }
         const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(v[0]), _mm512_abs_ps(v[1])));
         const float inverse = largest > SMALLEST ? LARGEST_Q / largest : 0.0f, scale = largest / LARGEST_Q;
-        int8_t* bytes = reinterpret_cast<int8_t*>(to.q + start);
+        const Activations group = to.from(0, start / 32);
+        int8_t* bytes = reinterpret_cast<int8_t*>(group.q);
         int32_t sums[2];
         for (int h = 0; h < 2; h++) {
             const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[h], _mm512_set1_ps(inverse)));
@@ -20,18 +21,12 @@ inline void round_avx512(const void* x, bool bf16, int64_t begin, int64_t end, c
             _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 16 * h), _mm512_cvtepi32_epi8(upper));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 32 + 16 * h), _mm512_cvtepi32_epi8(q));
             sums[h] = _mm512_reduce_add_epi32(q);
-            to.sum16[start / 16 + h] = sums[h];
+            group.sum16[h] = sums[h];
         }
-        to.scale[start / 32] = scale;
-        to.sum32[start / 32] = sums[0] + sums[1];
-        to.sum[start / 32] = scale * float(sums[0] + sums[1]);
+        *group.scale = scale;
+        *group.sum32 = sums[0] + sums[1];
+        *group.sum = scale * float(sums[0] + sums[1]);
     }
-}
-
-// sum + w . (the four numbers at x), in each lane.
-inline __attribute__((always_inline)) void add_word(__m512i& sum, Bytes w, const int8_t* x) {
-    // gcc 12 would load and broadcast in an instruction of its own, and the processor look ahead half as far
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
 }
 
 // Asks for what is multiplied next, in the order in which it lies in memory and evenly over the work that goes on meanwhile.
@@ -66,48 +61,53 @@ class LinesAhead {
 constexpr int64_t STREAM_AHEAD = 8 << 10;  // bytes that interleaved weights are asked for before they are multiplied: 4 and 16 KB are slower
 
 // Sixteen rows of weights by Rows of activations: totals[r], a row of weights a lane.
-template <BlockType T, int Rows>
-inline __attribute__((always_inline)) void multiply_strip(auto strip, int64_t blocks, const Activations* x, LinesAhead& lines, __m512* totals) {
+template <BlockType T, int Rows, typename Strip>
+inline __attribute__((always_inline)) void multiply_strip(Strip strip, int64_t blocks, Activations x, LinesAhead& lines, __m512* totals) {
     using Format = Reader<T>;
     constexpr int halves = Format::halves, words = 8 / halves;
-    const int8_t* q[Rows];
-    for (int r = 0; r < Rows; r++) q[r] = reinterpret_cast<const int8_t*>(x[r].q), totals[r] = _mm512_setzero_ps();
+    // Beside the sums of more rows, the weights of several groups would not fit the registers: they are unpacked anew for each, and of that what
+    // concerns the others falls away. Those of the file are transposed, which costs more.
+    constexpr bool anew = Rows > 2 && std::is_same_v<Strip, InterleavedStrip<T>>;
+    each<Rows>([&](auto r) __attribute__((always_inline)) { totals[r] = _mm512_setzero_ps(); });
     Format reader;
-    int64_t group = 0;
     for (int64_t block = 0; block < blocks; block++) {
         strip.open(block);
         reader.open(strip);
         for (int unit = 0; unit < Format::groups / Format::unit; unit++) {
             lines.ask<int(LANES * shape_of(T).bytes * Format::unit / Format::groups)>();
             Unpacked<Format::unit, halves> unpacked;
-            reader.unpack(strip, unit, unpacked);
-            for (int g = 0; g < Format::unit; g++, group++)
-                for (int h = 0; h < halves; h++) {
+            each<Format::unit>([&](auto g) __attribute__((always_inline)) {
+                if constexpr (g > 0 && anew) asm volatile("" ::: "memory");
+                if constexpr (g == 0 || anew) reader.unpack(strip, unit, unpacked);
+                asm("" : "+r"(x.q), "+r"(x.scale), "+r"(x.sum), "+r"(x.sum32), "+r"(x.sum16));  // one address each: gcc 12 would keep and count up one for each word
+                each<halves>([&](auto h) __attribute__((always_inline)) {
+                    const uint8_t* q = reinterpret_cast<const uint8_t*>(x.q) + 4 * words * h;
                     __m512i upper[Rows], lower[Rows];
-                    for (int r = 0; r < Rows; r++) upper[r] = lower[r] = _mm512_setzero_si512();
-#pragma GCC unroll 8
-                    for (int i = 0; i < words; i++) {
+                    each<Rows>([&](auto r) __attribute__((always_inline)) { upper[r] = lower[r] = _mm512_setzero_si512(); });
+                    each<words>([&](auto i) __attribute__((always_inline)) {
                         const Bytes w = unpacked.w[8 * g + words * h + i];
-                        for (int r = 0; r < Rows; r++) {
-                            add_word(upper[r], w, q[r] + 64 * group + 4 * (words * h + i));
-                            add_word(lower[r], w, q[r] + 64 * group + 4 * (words * h + i) + 32);
-                        }
-                    }
-                    for (int r = 0; r < Rows; r++) {
+                        each<Rows>([&](auto r) __attribute__((always_inline)) {
+                            add_products(upper[r], w, q + 64 * r + 4 * i);
+                            add_products(lower[r], w, q + 64 * r + 4 * i + 32);
+                        });
+                    });
+                    each<Rows>([&](auto r) __attribute__((always_inline)) {
                         __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[r], 8), lower[r]);
                         if constexpr (Format::offset > 0)
-                            sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(Format::offset * (halves == 2 ? x[r].sum16[2 * group + h] : x[r].sum32[group])));
-                        const __m512 scale = _mm512_mul_ps(unpacked.scale[halves * g + h], _mm512_set1_ps(x[r].scale[group]));
+                            sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(Format::offset * (halves == 2 ? x.sum16[2 * r + h] : x.sum32[r])));
+                        const __m512 scale = _mm512_mul_ps(unpacked.scale[halves * g + h], _mm512_set1_ps(x.scale[r]));
                         totals[r] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum), totals[r]);
-                        if constexpr (Format::has_minimum) totals[r] = _mm512_fmadd_ps(unpacked.minimum[g], _mm512_set1_ps(x[r].sum[group]), totals[r]);
-                    }
-                }
+                        if constexpr (Format::has_minimum && h == 0) totals[r] = _mm512_fmadd_ps(unpacked.minimum[g], _mm512_set1_ps(x.sum[r]), totals[r]);
+                    });
+                });
+                x = x.from(0, 1);
+            });
         }
     }
 }
 
 template <BlockType T, int Rows>
-void multiply_strips(const WeightRows& weights, int64_t k, const Activations* x, float* y, int64_t stride, const uint8_t* ahead) {
+void multiply_strips(const WeightRows& weights, int64_t k, const Activations& x, float* y, int64_t stride, const uint8_t* ahead) {
     const int64_t blocks = k / shape_of(T).weights, strip_bytes = LANES * blocks * shape_of(T).bytes, end = weights.skip + weights.count;
     LinesAhead lines(weights.data, weights.data + end * (strip_bytes / LANES), ahead, weights.interleaved ? STREAM_AHEAD : strip_bytes);
     for (int64_t n = 0; n < end; n += LANES) {
@@ -122,7 +122,7 @@ void multiply_strips(const WeightRows& weights, int64_t k, const Activations* x,
 }
 
 template <BlockType T>
-void multiply_format(const WeightRows& weights, int64_t k, const Activations* x, int rows, float* y, int64_t stride, const uint8_t* ahead) {
+void multiply_format(const WeightRows& weights, int64_t k, const Activations& x, int rows, float* y, int64_t stride, const uint8_t* ahead) {
     switch (rows) {
         case 1: multiply_strips<T, 1>(weights, k, x, y, stride, ahead); break;
         case 2: multiply_strips<T, 2>(weights, k, x, y, stride, ahead); break;
@@ -135,6 +135,6 @@ void multiply_format(const WeightRows& weights, int64_t k, const Activations* x,
     }
 }
 
-inline void multiply_avx512(const WeightRows& weights, int64_t k, const Activations* x, int rows, float* y, int64_t stride, const uint8_t* ahead) {
+inline void multiply_avx512(const WeightRows& weights, int64_t k, const Activations& x, int rows, float* y, int64_t stride, const uint8_t* ahead) {
     with_format(weights.type, [&]<BlockType T>() { multiply_format<T>(weights, k, x, rows, y, stride, ahead); });
 }

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "team.h"
 
@@ -78,28 +79,21 @@ class Pieces {
     int64_t k_, begin_, end_, shared_, count_ = 0;
 };
 
-// Buffers for rounded rows, kept by the calling thread between calls.
+// Room for rounded rows, kept by the calling thread between calls.
 class Rounded {
   public:
-    const Activations* room(int64_t count, int64_t k) {
-        const int64_t groups = whole_lines(k / 32 * 4), halves = whole_lines(k / 16 * 4), each = 2 * k + 3 * groups + halves;
-        if (int64_t(memory_.size()) < count * each + LINE) memory_.resize(size_t(count * each + LINE));
-        if (int64_t(rows_.size()) < count) rows_.resize(size_t(count));
+    Activations room(int64_t rows, int64_t k) {
+        const int64_t numbers = rows * 2 * k, groups = whole_lines(rows * k / 32 * 4), halves = whole_lines(rows * k / 16 * 4);
+        const int64_t bytes = numbers + 3 * groups + halves + LINE;
+        if (int64_t(memory_.size()) < bytes) memory_.resize(size_t(bytes));
         uint8_t* at = memory_.data() + (LINE - int64_t(reinterpret_cast<uintptr_t>(memory_.data()) % LINE)) % LINE;
-        const auto take = [&](int64_t bytes) {
-            uint8_t* taken = at;
-            at += bytes;
-            return reinterpret_cast<void*>(taken);
-        };
-        for (int64_t r = 0; r < count; r++)
-            rows_[size_t(r)] = {static_cast<int16_t*>(take(2 * k)), static_cast<float*>(take(groups)), static_cast<float*>(take(groups)),
-                                static_cast<int32_t*>(take(groups)), static_cast<int32_t*>(take(halves))};
-        return rows_.data();
+        const auto take = [&](int64_t size) { return reinterpret_cast<void*>(std::exchange(at, at + size)); };
+        return {static_cast<int16_t*>(take(numbers)), static_cast<float*>(take(groups)), static_cast<float*>(take(groups)),
+                static_cast<int32_t*>(take(groups)),  static_cast<int32_t*>(take(halves)), rows};
     }
 
   private:
     std::vector<uint8_t> memory_;
-    std::vector<Activations> rows_;
 };
 
 void to_bf16(const float* from, int64_t count, uint16_t* to) {  // to nearest even; sums of finite numbers are no NaN that the carry could turn into zero
@@ -138,19 +132,21 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
     if (!rows || !out_features) return;
     const bool alone = bytes_ / out_features_ * out_features < SINGLE_THREAD_BYTES;
     const Pieces pieces(segments_, k, begin, end, alone ? 1 : most_threads());
-    const Activations* activations = has_blocks_ ? rounded.room(rows, k) : nullptr;
+    const Activations activations = has_blocks_ ? rounded.room(rows, k) : Activations{};
     const auto row = [&](int64_t r) { return static_cast<const uint8_t*>(x) + r * k * (x_bf16 ? 2 : 4); };
     const bool rounded_alone = has_blocks_ && (alone || rows * k <= ROUNDED_ALONE);
     if (rounded_alone)
-        for (int64_t r = 0; r < rows; r++) isa.products.round(row(r), x_bf16, 0, k, activations[r]);
+        for (int64_t r = 0; r < rows; r++) isa.products.round(row(r), x_bf16, 0, k, activations.from(r));
     const int64_t times = (rows + MAX_ROWS - 1) / MAX_ROWS, together = (rows + times - 1) / times;
     alignas(LINE) std::atomic<int64_t> next{0};
 
     in_parallel(alone ? 1 : most_threads(), [&](const Share& thread) {
         if (has_blocks_ && !rounded_alone) {
-            constexpr int64_t unit = 2048;
+            constexpr int64_t unit = 512;  // numbers of all rows that one thread rounds: they lie beside one another
             const int64_t units = (k + unit - 1) / unit;
-            thread.each(rows * units, [&](int64_t i) { isa.products.round(row(i / units), x_bf16, i % units * unit, std::min(k, i % units * unit + unit), activations[i / units]); });
+            thread.each(rows * units, [&](int64_t i) {
+                isa.products.round(row(i % rows), x_bf16, i / rows * unit, std::min(k, i / rows * unit + unit), activations.from(i % rows));
+            });
             thread.wait_for_all();
         }
         alignas(LINE) float sums[MAX_ROWS * PIECE_ROWS];
@@ -164,7 +160,7 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
                 float* y = out_bf16 ? sums : static_cast<float*>(out) + r * out_features + first;
                 const int64_t stride = out_bf16 ? weights.count : out_features;
                 if (weights.type == BlockType::BF16) isa.products.multiply_bf16(weights.data, weights.count, k, row(r), x_bf16, count, y, stride, ahead);
-                else isa.products.multiply(weights, k, activations + r, count, y, stride, ahead);
+                else isa.products.multiply(weights, k, activations.from(r), count, y, stride, ahead);
                 for (int j = 0; out_bf16 && j < count; j++) to_bf16(sums + j * stride, weights.count, static_cast<uint16_t*>(out) + (r + j) * out_features + first);
             }
         }

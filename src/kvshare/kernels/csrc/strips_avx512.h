@@ -171,21 +171,21 @@ struct ScaledReader {
             for (int half = 0; half < 2; half++) strip.four(3 + 4 * half, fifth + 4 * half);
     }
     void unpack(const auto& strip, int pair, Unpacked<2, 1>& to) const {
-        for (int half = 0; half < 2; half++) {
+        each<2>([&](auto half) __attribute__((always_inline)) {
             Bytes raw[4];
             strip.four((has_fifth ? 11 : 3) + 8 * pair + 4 * half, raw);
-            for (int j = 0; j < 4; j++) to.w[4 * half + j] = low_nibbles(raw[j]), to.w[8 + 4 * half + j] = high_nibbles(raw[j]);
-        }
-        for (int i = 0; i < 2; i++) {
+            each<4>([&](auto j) __attribute__((always_inline)) { to.w[4 * half + j] = low_nibbles(raw[j]), to.w[8 + 4 * half + j] = high_nibbles(raw[j]); });
+        });
+        each<2>([&](auto i) __attribute__((always_inline)) {
             const int group = 2 * pair + i;
             to.scale[i] = _mm512_mul_ps(d, _mm512_cvtepi32_ps(byte_of(six[pair / 2], group % 4)));
             to.minimum[i] = _mm512_mul_ps(minimum, _mm512_cvtepi32_ps(byte_of(low[pair / 2], group % 4)));
             if constexpr (has_fifth)
-                for (int j = 0; j < 8; j++) {
+                each<8>([&](auto j) __attribute__((always_inline)) {
                     const __mmask64 set = _mm512_test_epi8_mask(fifth[j], _mm512_set1_epi8(char(1 << group)));
                     to.w[8 * i + j] = _mm512_mask_add_epi8(to.w[8 * i + j], set, to.w[8 * i + j], _mm512_set1_epi8(16));
-                }
-        }
+                });
+        });
     }
 };
 
