@@ -58,10 +58,11 @@ class Sequences:
             cache.commit(1)
         assert torch.equal(found, expected)
 
-    def replays(self, count: int, num_native_runs: int | None = None) -> None:
-        """Assert that steps of `count` sequences are replayed by now."""
+    def replays(self, count: int, num_native_runs: int | None = None, num_torch_operations: int | None = None) -> None:
+        """Assert that steps of `count` sequences are replayed by now, in so many parts."""
         (program,) = (each.program for key, each in self.steps._recorded.items() if key.sequences == count and key.isa == kernels.isa())
         assert num_native_runs is None or program.num_native_runs == num_native_runs
+        assert num_torch_operations is None or program.num_torch_operations == num_torch_operations
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "rot4", "fp8"])
@@ -71,8 +72,8 @@ def test_replay_equals_the_step(count: int, precision: str) -> None:
     run = Sequences(count, precision, torch.bfloat16)
     for _ in range(40):
         run.step()
-    assert run.steps.describe() == "decode steps replayed in 1 native calls"
-    run.replays(count, num_native_runs=1)  # torch looks tokens up and makes the rotations in front
+    assert run.steps.describe() == "decode steps replayed in 1 native call"
+    run.replays(count, num_native_runs=1, num_torch_operations=0)
 
 
 def test_replay_equals_the_step_between_products_of_torch() -> None:
@@ -81,6 +82,7 @@ def test_replay_equals_the_step_between_products_of_torch() -> None:
     for _ in range(12):
         run.step()
     run.replays(3)
+    assert run.steps.describe().endswith(" operations of torch")
 
 
 def test_sequences_may_change_places_fork_and_lose_their_pages() -> None:

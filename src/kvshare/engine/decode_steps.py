@@ -64,8 +64,9 @@ class DecodeSteps:
     def describe(self) -> str:
         """How steps were run so far, for people."""
         if self._recorded:
-            runs = sorted({each.program.num_native_runs for each in self._recorded.values()})
-            return f"decode steps replayed in {' or '.join(map(str, runs))} native calls"
+            each = max((recorded.program for recorded in self._recorded.values()), key=lambda program: program.num_torch_operations)
+            torch_too = f" and {each.num_torch_operations} operations of torch" if each.num_torch_operations else ""
+            return f"decode steps replayed in {each.num_native_runs} native call{'s' * (each.num_native_runs != 1)}{torch_too}"
         return f"decode steps not replayed: {next(iter(self.reasons.values()), 'none came again')}"
 
     def logits(self, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:  # -> float32 [sequences, vocab]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from kvshare.engine.outputs import Logprob, TokenLogprobs
 from kvshare.engine.sampling import SamplingParams
+from kvshare.kernels.edges import argmax
 
 _BUCKET_BITS = 16  # of a float32, behind those that tell buckets apart
 _FEW = 1024  # tokens are sorted at once
@@ -26,7 +27,7 @@ def sample(
     """The next token: penalties, then greedy or temperature, top-k, min-p and top-p in the order that Hugging Face and vLLM apply them."""
     _penalise(logits, params, prompt, output)
     if params.greedy:
-        return int(logits.argmax())
+        return argmax(logits)
     candidates = None  # token ids, most probable first; None: all tokens in order
     if 0 < params.top_k < logits.numel():
         logits, candidates = logits.topk(params.top_k)

@@ -17,8 +17,11 @@ def decode_rows(
     dtype: torch.dtype,
     begin: int = 0,
     end: int | None = None,
+    scale: float = 1.0,
 ) -> Tensor:  # -> [n, end - begin]
-    """Numbers `begin:end` of some rows in `dtype`; the kernels decode no others. Raises `IndexError` for a row that is not there.
+    """Numbers `begin:end` of some rows in `dtype`, times `scale`, which is rounded to `dtype` first; the kernels decode no others.
+
+    Raises `IndexError` for a row that is not there.
 
     The kernels multiply and add in one rounding: they differ from torch by at most a unit in the last place of `dtype`.
     """
@@ -27,11 +30,16 @@ def decode_rows(
     whole = begin % table.type.block_size == end % table.type.block_size == 0
     if not (whole and available() and table.type.name in BLOCK_TYPES and dtype in (torch.float32, torch.bfloat16)):
         if isinstance(table, InterleavedBlocks):
-            return decode_rows(table, rows, torch.float32)[:, begin:end].to(dtype)
-        return table.rows(rows)[:, begin:end].to(dtype)
+            return scaled(decode_rows(table, rows, torch.float32)[:, begin:end], scale, dtype)
+        return scaled(table.rows(rows)[:, begin:end], scale, dtype)
     native, rows = module(), rows.contiguous()
     out = torch.empty(len(rows), end - begin, dtype=dtype)
     kind, is_bf16 = native.BlockType[table.type.name], dtype == torch.bfloat16
     places = (rows.data_ptr(), len(rows), begin, end, out.data_ptr())
-    native.decode_block_rows(kind, table.blocks.data_ptr(), isinstance(table, InterleavedBlocks), entries, width, *places, is_bf16)
+    native.decode_block_rows(kind, table.blocks.data_ptr(), isinstance(table, InterleavedBlocks), entries, width, *places, is_bf16, scale)
     return out
+
+
+def scaled(rows: Tensor, scale: float, dtype: torch.dtype) -> Tensor:  # [tokens, width]
+    """Rows of a table times a factor, which is rounded to `dtype` first, as the models were trained."""
+    return rows.to(dtype) if scale == 1 else rows.to(dtype) * torch.tensor(scale, dtype=torch.float32).to(dtype)

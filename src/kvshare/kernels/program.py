@@ -32,6 +32,11 @@ class Program:
         """In how many native calls it runs; between them torch computes."""
         return sum(isinstance(part, tuple) for part in self._parts)
 
+    @property
+    def num_torch_operations(self) -> int:
+        """What torch computes in front of native calls, between and behind them."""
+        return len(self._parts) - self.num_native_runs
+
     def run(self, spans: StepSpans) -> Tensor:
         """The result; it lies in the recording's scratch, and is overwritten when anything recorded there runs."""
         for part in self._parts:

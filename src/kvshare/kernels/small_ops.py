@@ -70,9 +70,11 @@ def _heads(
     return out
 
 
-def add(x: Tensor, y: Tensor, *, of_y: Norm | None, scale: Tensor | None = None) -> Tensor:  # [rows, width] each, scale [1]
-    """(x + of_y(y)) * scale."""
-    return _sum(x, y, of_y, None, scale)[0]
+def add(
+    x: Tensor, y: Tensor, *, of_y: Norm | None, scale: Tensor | None = None, factor: float = 1.0
+) -> Tensor:  # [rows, width] each, scale [1]
+    """(x + of_y(y)) * scale, or * factor."""
+    return _sum(x, y, of_y, None, scale, factor)[0]
 
 
 def add_and_norm(
@@ -125,6 +127,24 @@ def softplus_gate(x: Tensor, gate: Tensor) -> Tensor:  # [tokens, heads, width],
         raise ValueError(f"{gate.dtype} gates {list(gate.shape)} do not fit heads {list(x.shape)} in {x.dtype}")
     module().softplus_gate(x.data_ptr(), gate.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16, tokens, heads, width, per_head)
     return out
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:  # [rows, width]; may be changed in place
+    """x * factor."""
+    return _affine(x, None, factor) if takes(x) and x.is_contiguous() else x * factor
+
+
+def with_bias(x: Tensor, bias: Tensor) -> Tensor:  # [..., width], [width]; x is changed in place
+    """x + bias."""
+    if takes(x) and x.is_contiguous() and bias.dtype == x.dtype and bias.is_contiguous():
+        return _affine(x, bias, 1.0)
+    return x.add_(bias)
+
+
+def _affine(x: Tensor, bias: Tensor | None, factor: float) -> Tensor:
+    width = x.shape[-1]
+    module().affine(x.data_ptr(), x.dtype == torch.bfloat16, x.numel() // max(1, width), width, 0 if bias is None else bias.data_ptr(), factor)
+    return x
 
 
 def cap_(x: Tensor, cap: float) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kvshare.kernels.small_ops import with_bias
 from kvshare.layers.few_rows import FewRowsProduct
 
 
@@ -29,7 +30,12 @@ class Linear(nn.Module):
         if native is None:
             return F.linear(x, self.weight[start:end], bias)
         out = native.matmul(x, start, end)
-        return out if bias is None else out.add_(bias)
+        return out if bias is None else with_bias(out, bias)
+
+    def scores(self, hidden: Tensor) -> Tensor:  # [rows, in_features] -> [rows, out_features]
+        """What it gives as a head: logits, in float32 where that costs nothing."""
+        native = self._few_rows.of(self.weight, hidden)
+        return self(hidden) if native is None or self.bias is not None else native.matmul(hidden, dtype=torch.float32)
 
 
 class RouterLinear(Linear):

@@ -30,12 +30,13 @@ class RMSNorm(nn.Module):
         return small_ops.norm_of(self.weight, self.offset, self.eps)
 
 
-def add_normed(x: Tensor, y: Tensor, norm: RMSNorm, scale: Tensor | None = None) -> Tensor:  # [tokens, width] each, scale [1]
-    """The residual x + norm(y), times `scale` where there is one."""
+def add_normed(
+    x: Tensor, y: Tensor, norm: RMSNorm, scale: Tensor | None = None, factor: float = 1.0
+) -> Tensor:  # [tokens, width] each, scale [1]
+    """The residual x + norm(y), times `scale` where there is one, or times `factor`."""
     if small_ops.takes(x) and (scale is None or scale.dtype == x.dtype):
-        return small_ops.add(x, y, of_y=norm.spelled(), scale=scale)
-    total = x + norm(y)
-    return total if scale is None else total * scale
+        return small_ops.add(x, y, of_y=norm.spelled(), scale=scale, factor=factor)
+    return _times(x + norm(y), factor if scale is None else scale)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:  # [tokens, width] each
@@ -50,6 +51,9 @@ def add_then_norm(
     if small_ops.takes(x):
         return small_ops.add_and_norm(x, y, norm.spelled(), of_y=None if y_norm is None else y_norm.spelled(), factor=factor)
     total = x + (y if y_norm is None else y_norm(y))
-    if factor != 1.0:
-        total = total * factor
+    total = _times(total, factor)
     return total, norm(total)
+
+
+def _times(x: Tensor, factor: Tensor | float) -> Tensor:
+    return x * factor if isinstance(factor, Tensor) or factor != 1.0 else x

@@ -12,18 +12,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.mapped_rows import prefetch_rows
+from kvshare.kernels import small_ops
 from kvshare.kernels.block_rows import decode_rows
+from kvshare.kernels.edges import rows_or_first
+from kvshare.layers.embedding import look_up
 from kvshare.layers.linear import Linear
-from kvshare.layers.norm import RMSNorm
-
-
-def scaled(rows: Tensor, scale: float, dtype: torch.dtype) -> Tensor:  # [tokens, width]
-    """Rows of a table times a factor, which is rounded to `dtype` first, as the models were trained."""
-    return rows.to(dtype) * torch.tensor(scale, dtype=torch.float32).to(dtype)
+from kvshare.layers.norm import RMSNorm, add_normed
 
 
 class PerLayerEmbedding(nn.Module):
@@ -39,17 +36,15 @@ class PerLayerEmbedding(nn.Module):
     def forward(self, tokens: Tensor, embedded: Tensor, first: int, end: int) -> PerLayerInputs:  # [tokens], [tokens, hidden]
         """The inputs of layers `first ... end - 1`; the others cost nothing. Tokens behind the table's end (images, audio) take row 0."""
         begin, stop = first * self.width, end * self.width
-        rows = torch.where(tokens < self.entries, tokens, 0)
+        rows = rows_or_first(tokens, self.entries)
         prefetch_rows(self.table.blocks if isinstance(self.table, PackedBlocks) else self.table, rows)  # on their way during the product
-        projected = self.projection.part(embedded, begin, stop) * self.hidden**-0.5
-        projected = self.norm(projected.unflatten(-1, (end - first, self.width)))
+        projected = small_ops.scaled(self.projection.part(embedded, begin, stop), self.hidden**-0.5)
         if isinstance(self.table, PackedBlocks):
-            found = decode_rows(self.table, rows, embedded.dtype, begin, stop)
+            found = decode_rows(self.table, rows, embedded.dtype, begin, stop, self.width**0.5)
         else:
-            found = F.embedding(rows, self.table[:, begin:stop])
-        looked_up = scaled(found, self.width**0.5, embedded.dtype)
-        values = (projected + looked_up.view_as(projected)) * 2**-0.5
-        return PerLayerInputs(self, tokens, embedded, first, values)
+            found = look_up(self.table, rows, embedded.dtype, self.width**0.5, begin, stop)
+        values = add_normed(found.view(-1, self.width), projected.view(-1, self.width), self.norm, factor=2**-0.5)
+        return PerLayerInputs(self, tokens, embedded, first, values.view(len(tokens), end - first, self.width))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ class QuantizedEmbedding(nn.Module):
         self.table, self.dtype = table, dtype
         self.weight = QuantizedWeight((table,))
 
-    def forward(self, tokens: Tensor) -> Tensor:  # [tokens] -> [tokens, width]
-        return decode_rows(self.table, tokens, self.dtype)
+    def forward(self, tokens: Tensor, scale: float = 1.0) -> Tensor:  # [tokens] -> [tokens, width]
+        return decode_rows(self.table, tokens, self.dtype, scale=scale)
 
     def scores(self, hidden: Tensor) -> Tensor:  # [rows, width] -> [rows, entries]
         return self.weight.matmul(hidden, dtype=torch.float32)  # the logits of two good tokens are often closer than 16 bits can tell

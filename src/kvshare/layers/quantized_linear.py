@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.kernels.interleaved_blocks import InterleavedBlocks
 from kvshare.kernels.quantized_weight import QuantizedWeight
+from kvshare.kernels.small_ops import with_bias
 
 
 class QuantizedLinear(nn.Module):
@@ -29,4 +31,9 @@ class QuantizedLinear(nn.Module):
     def part(self, x: Tensor, start: int, end: int) -> Tensor:  # [..., in_features] -> [..., end - start]
         """Only outputs `start:end`: one of the projections that lie together."""
         out = self.weight.matmul(x, start, end)
-        return out if self.bias is None else out.add_(self.bias[start:end].to(out.dtype))
+        return out if self.bias is None else with_bias(out, self.bias[start:end].to(out.dtype))
+
+    def scores(self, hidden: Tensor) -> Tensor:  # [rows, in_features] -> [rows, out_features]
+        """What it gives as a head: logits, in float32."""
+        out = self.weight.matmul(hidden, dtype=torch.float32)
+        return out if self.bias is None else with_bias(out, self.bias.float())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvshare.errors import ConfigError
-from kvshare.kernels import small_ops
+from kvshare.kernels import edges, small_ops
 from kvshare.layers.norm import RMSNorm
 
 
@@ -24,6 +24,8 @@ class Frequencies(NamedTuple):
     factor: float = 1.0
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Rotation:  # positions [tokens]
+        if edges.takes(positions, dtype):
+            return Rotation(*edges.turns(positions, self.inverse, self.factor, dtype))
         angles = positions[:, None].float() * self.inverse.to(positions.device)  # [tokens, pairs]
         return Rotation((angles.cos() * self.factor).to(dtype)[:, None], (angles.sin() * self.factor).to(dtype)[:, None])
 

@@ -23,7 +23,7 @@ class Decoder(Model):
         self.head = None if tied else Linear(hidden_size, vocab_size)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        return self.embedding.scores(hidden) if self.head is None else self.head(hidden)
+        return (self.embedding if self.head is None else self.head).scores(hidden)
 
     def base_sources(self) -> dict[str, Source]:
         """Where the parameters outside the blocks come from."""

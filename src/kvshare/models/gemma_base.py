@@ -14,7 +14,7 @@ from kvshare.checkpoints.source import Source
 from kvshare.errors import ConfigError
 from kvshare.kernels import small_ops
 from kvshare.layers.key_balance import key_balance
-from kvshare.layers.per_layer_embedding import PerLayerInputs, scaled
+from kvshare.layers.per_layer_embedding import PerLayerInputs
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
@@ -77,8 +77,7 @@ class GemmaModel(Decoder):
         self.frequencies: dict[str, Frequencies] = {kind: frequencies(rope[kind], width) for kind, width in widths.items()}
 
     def embed(self, tokens: Tensor) -> Tensor:  # [tokens] -> [tokens, hidden]
-        rows = self.embedding(tokens)
-        return scaled(rows, self.hidden_size**0.5, rows.dtype)
+        return self.embedding(tokens, self.hidden_size**0.5)
 
     def context(self, step: Step, dtype: torch.dtype, inputs: PerLayerInputs | None = None) -> Context:
         return Context(step, {kind: table.at(step.positions, dtype) for kind, table in self.frequencies.items()}, inputs)

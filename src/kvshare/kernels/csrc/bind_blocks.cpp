@@ -13,6 +13,7 @@
 #include "address.h"
 #include "kernels.h"
 #include "program.h"
+#include "small_ops_calls.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -56,16 +57,16 @@ void bind_blocks(nb::module_& m) {
         memcpy(strip + done, source + done, size_t(rows * row_bytes - done));
     }, "type"_a, "from"_a, "rows"_a, "k"_a, "to"_a);
 
-    // Numbers begin ... end - 1 of the rows of a table of `entries` rows of k numbers that `indices` name.
+    // Numbers begin ... end - 1 of the rows of a table of `entries` rows of k numbers that `indices` name, times `scale`.
     m.def("decode_block_rows", [](BlockType type, uintptr_t table, bool interleaved, int64_t entries, int64_t k, uintptr_t indices, int64_t count, int64_t begin,
-                            int64_t end, uintptr_t to, bool bf16) {
+                            int64_t end, uintptr_t to, bool bf16, float scale) {
         const int64_t bytes = shape_of(type).bytes, blocks = blocks_in(type, k), row_bytes = blocks * bytes, offset = blocks_in(type, begin) * bytes;
         const int64_t width = end - begin, in_strips = interleaved ? entries / STRIP * STRIP : 0;
         if (blocks_in(type, width) * bytes + offset > row_bytes) throw std::invalid_argument("the columns reach behind the row");
         perform(Gil::released, [=](const Isa& isa) {
             const auto* row = reinterpret_cast<const int64_t*>(indices);
-            for (int64_t i = 0; i < count; i++)
-                if (row[i] < 0 || row[i] >= entries) throw std::out_of_range("a row is not in the table");
+            check_rows(row, count, entries);
+            const GatherTask scaled = {at<const void>(to), bf16, width, width, nullptr, at<void>(to), scale};
             const auto decode_row = [&](int64_t i) {
                 static thread_local Scratch scratch;
                 const uint8_t* from = reinterpret_cast<const uint8_t*>(table) + row[i] * row_bytes;
@@ -76,10 +77,11 @@ void bind_blocks(nb::module_& m) {
                     from = room;
                 }
                 isa.products.decode({type, false, from + offset, 0, 1}, width, reinterpret_cast<uint8_t*>(to) + i * width * (bf16 ? 2 : 4), bf16);
+                if (scale != 1) isa.small.edges.gather(scaled, bf16, i, i + 1);
             };
             in_parallel(count > 8 ? most_threads() : 1, [&](const Share& share) { share.each(count, decode_row); });
         });
-    }, "type"_a, "table"_a, "interleaved"_a, "entries"_a, "k"_a, "indices"_a, "count"_a, "begin"_a, "end"_a, "to"_a, "bf16"_a);
+    }, "type"_a, "table"_a, "interleaved"_a, "entries"_a, "k"_a, "indices"_a, "count"_a, "begin"_a, "end"_a, "to"_a, "bf16"_a, "scale"_a);
 
     // Ask the system for the pages of some rows of a mapped table, without waiting for them.
     m.def("prefetch_rows", [](uintptr_t table, int64_t row_bytes, uintptr_t indices, int64_t count) {

@@ -23,6 +23,28 @@ void bind_small_ops(nb::module_& m) {
               const SumTask task = {at<const void>(x), at<const void>(y), at<void>(total), at<void>(normed), width, nullptr, nullptr, 0, 0, factor};
               perform(Gil::kept, [=, of_y = norm_of(of_y), of_sum = norm_of(of_sum)](const Isa& isa) { run_sum(isa, task, of_y, of_sum, at<const void>(scale), bf16, rows); });
           });
+    m.def("affine", [](uintptr_t x, bool bf16, int64_t rows, int64_t width, uintptr_t bias, float factor) {
+        const AffineTask task = {at<void>(x), at<const void>(bias), width, factor};
+        perform(Gil::kept, [=](const Isa& isa) { run_affine(isa, task, bf16, rows); });
+    });
+    m.def("turns", [](uintptr_t positions, int64_t rows, uintptr_t inverse, int64_t pairs, float factor, uintptr_t cos, uintptr_t sin, bool bf16) {
+        const TurnTask task = {at<const int64_t>(positions), at<const float>(inverse), pairs, factor, at<void>(cos), at<void>(sin)};
+        perform(Gil::kept, [=](const Isa& isa) { run_turn(isa, task, bf16, rows); });
+    });
+    m.def("gather_rows", [](uintptr_t table, bool table_bf16, int64_t entries, int64_t stride, int64_t begin, int64_t width, uintptr_t rows, int64_t count, uintptr_t out, bool bf16,
+                            float scale) {
+        const GatherTask task = {at<const uint8_t>(table) + begin * (table_bf16 ? 2 : 4), table_bf16, stride, width, at<const int64_t>(rows), at<void>(out), scale};
+        perform(Gil::released, [=](const Isa& isa) { run_gather(isa, task, bf16, count, entries); });  // a mapped table may have to be read from disk
+    });
+    m.def("rows_or_first", [](uintptr_t rows, uintptr_t out, int64_t count, int64_t entries) {
+        perform(Gil::kept, [=](const Isa&) {
+            for (int64_t i = 0; i < count; i++) at<int64_t>(out)[i] = at<const int64_t>(rows)[i] < entries ? at<const int64_t>(rows)[i] : 0;
+        });
+    });
+    m.def("argmax", [](uintptr_t x, int64_t count) {
+        not_recorded("an index that depends on what tensors contain");
+        return argmax(active_isa(), at<const float>(x), count);
+    });
     m.def("cap", [](uintptr_t x, int64_t count, float cap) {
         perform(Gil::kept, [=](const Isa& isa) { run_cap(isa, at<float>(x), count, cap); });
     });

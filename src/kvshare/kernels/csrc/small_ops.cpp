@@ -52,6 +52,37 @@ void run_cap(const Isa& isa, float* x, int64_t count, float cap) {
     over(count, 1, [&](int64_t begin, int64_t end) { isa.small.cap(x + begin, end - begin, cap); });
 }
 
+void run_affine(const Isa& isa, const AffineTask& task, bool bf16, int64_t rows) {
+    over(rows, task.width, [&](int64_t begin, int64_t end) { isa.small.affine(task, bf16, begin, end); });
+}
+
+void run_turn(const Isa& isa, const TurnTask& task, bool bf16, int64_t rows) {
+    over(rows, 8 * task.pairs, [&](int64_t begin, int64_t end) { isa.small.edges.turn(task, bf16, begin, end); });
+}
+
+void check_rows(const int64_t* rows, int64_t count, int64_t entries) {
+    for (int64_t i = 0; i < count; i++)
+        if (rows[i] < 0 || rows[i] >= entries) throw std::out_of_range("row " + std::to_string(rows[i]) + " of a table of " + std::to_string(entries));
+}
+
+void run_gather(const Isa& isa, const GatherTask& task, bool bf16, int64_t rows, int64_t entries) {
+    check_rows(task.rows, rows, entries);
+    over(rows, task.width, [&](int64_t begin, int64_t end) { isa.small.edges.gather(task, bf16, begin, end); });
+}
+
+int64_t argmax(const Isa& isa, const float* x, int64_t count) {
+    constexpr int64_t PART = 4096;
+    static thread_local std::vector<float> of_parts;  // the largest of each
+    of_parts.resize(size_t((count + PART - 1) / PART));
+    float* most = of_parts.data();
+    const int64_t parts = int64_t(of_parts.size());
+    over(parts, PART, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) most[i] = isa.small.edges.largest(x + i * PART, std::min(PART, count - i * PART));
+    });
+    const int64_t part = std::max_element(most, most + parts) - most, first = part * PART;
+    return first + isa.small.edges.first_of(x + first, std::min(PART, count - first), most[part]);
+}
+
 void run_softplus(const Isa& isa, const SoftplusTask& task, bool bf16, int64_t rows) {
     over(rows, task.heads * task.width, [&](int64_t begin, int64_t end) { isa.small.softplus(task, bf16, begin, end); });
 }

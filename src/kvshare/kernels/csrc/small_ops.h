@@ -175,6 +175,25 @@ inline void gate(const GateTask& task, bool bf16, int64_t begin, int64_t end) {
     bf16 ? gate_rows<uint16_t>(task, begin, end) : gate_rows<float>(task, begin, end);
 }
 
+template <typename T>
+void affine_rows(const AffineTask& task, int64_t begin, int64_t end) {
+    const int64_t width = task.width;
+    const float factor = task.factor;
+    for (int64_t row = begin; row < end; row++) {
+        T* x = static_cast<T*>(task.x) + row * width;
+        const auto all = [=](auto bias) {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) x[i] = stored<T>(rounded<T>(number(x[i]) * factor) + bias(i));
+        };
+        if (const T* bias = static_cast<const T*>(task.bias)) all([=](int64_t i) { return number(bias[i]); });
+        else all([](int64_t) { return 0.0f; });
+    }
+}
+
+inline void affine(const AffineTask& task, bool bf16, int64_t begin, int64_t end) {
+    bf16 ? affine_rows<uint16_t>(task, begin, end) : affine_rows<float>(task, begin, end);
+}
+
 inline void cap(float* x, int64_t count, float cap) {
     const float inverse = 1.0f / cap;
 #pragma omp simd
@@ -229,5 +248,6 @@ inline void softplus(const SoftplusTask& task, bool bf16, int64_t begin, int64_t
 
 #include "routing.h"
 #include "stream_ops.h"
+#include "edge_ops.h"
 
-constexpr SmallOps small_ops = {heads, sum, gate, cap, combine, softplus, route, stream_ops};
+constexpr SmallOps small_ops = {heads, sum, gate, affine, cap, combine, softplus, route, stream_ops, edge_ops};

@@ -23,6 +23,11 @@ void run_sum(const Isa& isa, SumTask task, const Norm& of_y, const Norm& of_sum,
 void run_gate(const Isa& isa, const GateTask& task, bool bf16, int64_t rows);
 void run_softplus(const Isa& isa, const SoftplusTask& task, bool bf16, int64_t rows);
 void run_route(const Isa& isa, const RouteTask& task, int64_t rows);
+void run_affine(const Isa& isa, const AffineTask& task, bool bf16, int64_t rows);
+void run_turn(const Isa& isa, const TurnTask& task, bool bf16, int64_t rows);
+void check_rows(const int64_t* rows, int64_t count, int64_t entries);  // throws std::out_of_range
+void run_gather(const Isa& isa, const GatherTask& task, bool bf16, int64_t rows, int64_t entries);  // checks them first
+int64_t argmax(const Isa& isa, const float* x, int64_t count);  // the first of equals; a NaN counts as infinity
 void run_cap(const Isa& isa, float* x, int64_t count, float cap);
 
 struct RowsToAppend {

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "edge_tasks.h"
 #include "routing_tasks.h"
 #include "stream_tasks.h"
 
@@ -61,16 +62,26 @@ struct SoftplusTask {
     bool per_head;
 };
 
+// x = x * factor + bias: [rows, width], in place.
+struct AffineTask {
+    void* x;
+    const void* bias;  // [width] or nullptr
+    int64_t width;
+    float factor;
+};
+
 // What every instruction set provides: rows [begin, end) of a task, in bfloat16 or float32.
 struct SmallOps {
     void (*heads)(const HeadsTask& task, bool bf16, int64_t begin, int64_t end);
     void (*sum)(const SumTask& task, bool bf16, int64_t begin, int64_t end);
     void (*gate)(const GateTask& task, bool bf16, int64_t begin, int64_t end);
+    void (*affine)(const AffineTask& task, bool bf16, int64_t begin, int64_t end);
     void (*cap)(float* x, int64_t count, float cap);  // x = cap * tanh(x / cap)
     void (*combine)(const CombineTask& task, bool bf16, int64_t begin, int64_t end);
     void (*softplus)(const SoftplusTask& task, bool bf16, int64_t begin, int64_t end);
     void (*route)(const RouteTask& task, int64_t begin, int64_t end);
     StreamOps streams;
+    EdgeOps edges;
 };
 
 }  // namespace kvshare
