@@ -10,7 +10,7 @@ from kernels.twins import Both
 from torch import Tensor
 
 from kvshare import kernels
-from kvshare.kernels import small_ops
+from kvshare.kernels import edges, small_ops
 from kvshare.kernels.native import ISAS
 
 
@@ -28,10 +28,11 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Both:
 
     @torch.no_grad()
     def run_both(run: Callable[..., Tensor], x: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-        assert small_ops.takes(x), "the kernels do not even take this"
+        assert small_ops.takes(x) or edges.takes(x, torch.float32), "the kernels do not even take this"
         native = run(x, *others)
         with monkeypatch.context() as patch:
-            patch.setattr(small_ops, "available", lambda: False)
+            for module in (small_ops, edges):
+                patch.setattr(module, "available", lambda: False)
             return native, run(x, *others)
 
     return run_both

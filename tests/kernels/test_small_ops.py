@@ -178,3 +178,11 @@ def test_gradients_and_other_types_are_left_to_torch() -> None:
     with torch.no_grad():
         for other in (x.half(), x.double(), x[:, ::2]):
             assert not small_ops.takes(other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_and_biases(dtype: torch.dtype, isa: str, both: Both) -> None:
+    for width in WIDTHS:
+        x, bias = random(3, width, dtype=dtype), random(width, dtype=dtype)
+        assert torch.equal(*both(lambda x: small_ops.scaled(x.clone(), 1536**-0.5), x))
+        assert torch.equal(*both(lambda x, bias: small_ops.with_bias(x.clone(), bias), x, bias))

@@ -33,6 +33,23 @@ def takes_table(table: Tensor, rows: Tensor, dtype: torch.dtype) -> bool:  # [en
     return table.dtype in _DTYPES and table.is_cpu and table.stride(-1) == 1 and takes(rows, dtype)
 
 
+def packed(x: Tensor) -> Tensor:  # [..., width]
+    """`x` in one piece: itself, or a copy."""
+    if (
+        x.is_contiguous()
+        or x.dim() != 2
+        or x.stride(1) != 1
+        or x.dtype not in _DTYPES
+        or not x.is_cpu
+        or not available()
+        or x.requires_grad
+    ):
+        return x.contiguous()
+    out, bf16 = torch.empty(x.shape, dtype=x.dtype), x.dtype == torch.bfloat16
+    module().gather_rows(x.data_ptr(), bf16, x.shape[0], x.stride(0), 0, x.shape[1], 0, x.shape[0], out.data_ptr(), bf16, 1.0)
+    return out
+
+
 def gather(table: Tensor, rows: Tensor, dtype: torch.dtype, scale: float, begin: int, end: int) -> Tensor:  # [entries, width], [n]
     """Numbers `begin:end` of some rows, in `dtype`, times `scale`, which is rounded to `dtype` first: [n, end - begin].
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.huge_pages import empty_huge
+from kvshare.kernels.edges import packed
 from kvshare.kernels.interleaved_blocks import InterleavedBlocks
 from kvshare.kernels.native import module
 
@@ -73,7 +74,7 @@ class QuantizedWeight:
             out = torch.empty(shape, dtype=dtype or x.dtype)
         elif out.shape != shape or out.dtype != (dtype or x.dtype) or not out.is_contiguous():
             raise ValueError(f"out {list(out.shape)} in {out.dtype} for a product {list(shape)} in {dtype or x.dtype}")
-        x = x.contiguous()
+        x = packed(x)
         rows = x.numel() // self.in_features
         if rows > ROWS_IN_BLOCKS:
             self._multiply_decoded(x.view(rows, -1), start, end, out.view(rows, -1))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvshare.kernels.edges import packed
 from kvshare.kernels.native import available, isa, module
 
 _FEW_ROWS = 16  # as many as decode steps of a batch have
@@ -89,7 +90,7 @@ def _sum(
 ) -> tuple[Tensor, Tensor]:  # a `scale` takes the factor's place
     if x.shape != y.shape or x.dtype != y.dtype or (scale is not None and scale.dtype != x.dtype):
         raise ValueError(f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)} cannot be added")
-    x, y = x.contiguous(), y.contiguous()
+    x, y = packed(x), packed(y)
     total = torch.empty_like(x)
     normed = total if norm is None else torch.empty_like(x)
     addresses = x.data_ptr(), y.data_ptr(), total.data_ptr(), normed.data_ptr()
@@ -142,8 +143,8 @@ def with_bias(x: Tensor, bias: Tensor) -> Tensor:  # [..., width], [width]; x is
 
 
 def _affine(x: Tensor, bias: Tensor | None, factor: float) -> Tensor:
-    width = x.shape[-1]
-    module().affine(x.data_ptr(), x.dtype == torch.bfloat16, x.numel() // max(1, width), width, 0 if bias is None else bias.data_ptr(), factor)
+    width, bias_at = x.shape[-1], 0 if bias is None else bias.data_ptr()
+    module().affine(x.data_ptr(), x.dtype == torch.bfloat16, x.numel() // max(1, width), width, bias_at, factor)
     return x
 
 

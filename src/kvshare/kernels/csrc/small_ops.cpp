@@ -66,7 +66,7 @@ void check_rows(const int64_t* rows, int64_t count, int64_t entries) {
 }
 
 void run_gather(const Isa& isa, const GatherTask& task, bool bf16, int64_t rows, int64_t entries) {
-    check_rows(task.rows, rows, entries);
+    if (task.rows) check_rows(task.rows, rows, entries);
     over(rows, task.width, [&](int64_t begin, int64_t end) { isa.small.edges.gather(task, bf16, begin, end); });
 }
 
