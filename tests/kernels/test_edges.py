@@ -51,7 +51,7 @@ POSITIONS = torch.tensor([*range(700), 131_071, 262_143, 999_983])
 
 @pytest.mark.parametrize("turn", [frequencies({}, 256), Frequencies(torch.rand(7), 1.3465), Frequencies(torch.zeros(1))])
 def test_cosines_and_sines(turn: Frequencies, isa: str, both: Both) -> None:
-    """Off by half of the last place (twice that where there is a factor), and in bfloat16 the bits of torch, but for single numbers between two of them."""
+    """Off by half of the last place, or twice that where there is a factor; in bfloat16 nearly everywhere the bits of torch."""
     native, twin = both(turn.at, POSITIONS, torch.float32)
     angles = (POSITIONS[:, None].float() * turn.inverse).double()
     for found, torchs, exact in ((native.cos, twin.cos, angles.cos()), (native.sin, twin.sin, angles.sin())):

@@ -35,15 +35,8 @@ def takes_table(table: Tensor, rows: Tensor, dtype: torch.dtype) -> bool:  # [en
 
 def packed(x: Tensor) -> Tensor:  # [..., width]
     """`x` in one piece: itself, or a copy."""
-    if (
-        x.is_contiguous()
-        or x.dim() != 2
-        or x.stride(1) != 1
-        or x.dtype not in _DTYPES
-        or not x.is_cpu
-        or not available()
-        or x.requires_grad
-    ):
+    fits = x.dim() == 2 and x.stride(1) == 1 and x.dtype in _DTYPES and x.is_cpu and not x.requires_grad and available()
+    if x.is_contiguous() or not fits:
         return x.contiguous()
     out, bf16 = torch.empty(x.shape, dtype=x.dtype), x.dtype == torch.bfloat16
     module().gather_rows(x.data_ptr(), bf16, x.shape[0], x.stride(0), 0, x.shape[1], 0, x.shape[0], out.data_ptr(), bf16, 1.0)
