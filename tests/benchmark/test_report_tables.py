@@ -37,8 +37,10 @@ def test_what_no_kernel_did_is_left_to_python() -> None:
 def test_kernels_and_memory() -> None:
     result = {"part": "products", "kernel": "Q4_0", "read_gb_s": 40.0, "gemm_gflop_s": 900.0, "seconds": 0.001, "amount": 30_000_000}
     result |= {"limit": "read", "other": "bf16 linear", "share": 0.75, "speedup": 3.0}
-    results = [{**result, "work": "2 x 3, 1 rows"}, {**result, "work": "2 x 3, 8 rows"}]
-    assert "| 2 x 3 | Q4_0 | 75% (3.0) | 75% (3.0) |" in markdown({"isa": "avx512", "threads": 2, "processor": "p", "results": results})
+    results = [{**result, "work": "2 x 3, 1 rows", "share_alone": 0.9}, {**result, "work": "2 x 3, 8 rows"}]
+    assert "| 2 x 3 | Q4_0 | 90% | 75% (3.0) | 75% (3.0) |" in markdown(
+        {"isa": "avx512", "threads": 2, "processor": "p", "results": results}
+    )
     phase = {
         "anonymous": 900_000_000,
         "files": 5_000_000,

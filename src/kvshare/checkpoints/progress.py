@@ -64,7 +64,7 @@ def progress_bar(title: str, patience: float = PATIENCE_SECONDS, unit: str = "by
             bar.console.print(f"{title}: {amount_of(total)}", highlight=False)
         else:
             left = (now - begun) * (total - done) / done if done else math.inf
-            bar.console.print(f"{title}: {amount_of(done)} of {amount_of(total)}, about {left / 60:.0f} min left", highlight=False)
+            bar.console.print(f"{title}: {done / total:.0%} of {amount_of(total)}, about {left / 60:.0f} min left", highlight=False)
 
     try:
         yield update
