@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from array import array
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
+from operator import is_not
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kvshare import kernels
 from kvshare.cache.arena import Arena
@@ -37,8 +40,9 @@ class Decoding(NamedTuple):
 
 class _Recorded(NamedTuple):
     program: Program
-    tokens: Tensor  # int64 [sequences]: filled before each run, as are
-    positions: Tensor  # int64 [sequences]
+    tokens: ctypes.Array[ctypes.c_int64]  # [sequences]: filled before each run, as are
+    positions: ctypes.Array[ctypes.c_int64]  # [sequences]
+    kept: tuple[Tensor, Tensor]  # whose memory these are
 
 
 class DecodeSteps:
@@ -96,8 +100,8 @@ class DecodeSteps:
 
     def _replay(self, recorded: _Recorded, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
         past = [cache.num_tokens for cache in caches]
-        recorded.tokens.copy_(torch.frombuffer(array("q", tokens), dtype=torch.int64))
-        recorded.positions.copy_(torch.frombuffer(array("q", past), dtype=torch.int64))
+        recorded.tokens[:] = tokens
+        recorded.positions[:] = past
         spans = [TokenSpan(cache.page_runs, first, 1, row) for row, (cache, first) in enumerate(zip(caches, past, strict=True))]
         return recorded.program.run(StepSpans(spans))
 
@@ -112,9 +116,14 @@ class DecodeSteps:
         else:
             if len(self._recorded) >= MOST_PROGRAMS:
                 del self._recorded[next(iter(self._recorded))]
-            self._recorded[decoding] = _Recorded(program, inputs, step.positions)
+            self._recorded[decoding] = _Recorded(program, _numbers(inputs), _numbers(step.positions), (inputs, step.positions))
             _log.debug("steps of %d sequences are replayed in %d native calls", decoding.sequences, program.num_native_runs)
         return logits
+
+
+def _numbers(x: Tensor) -> ctypes.Array[ctypes.c_int64]:  # int64 [n]
+    """The memory of `x`, which Python fills faster than torch does."""
+    return (ctypes.c_int64 * len(x)).from_address(x.data_ptr())
 
 
 class _Seen:
@@ -125,12 +134,16 @@ class _Seen:
         self._tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers) if tensors]
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._addresses = self._find()
+        self._handles, self._hooked = -1, False
 
     def _find(self) -> list[int]:
-        return [tensor.data_ptr() for tensors in self._tensors for tensor in tensors.values() if tensor is not None]
+        tensors = chain.from_iterable(map(dict.values, self._tensors))  # asked in every step: no Python for each of them
+        return list(map(Tensor.data_ptr, filter(partial(is_not, None), tensors)))
 
     def changed(self) -> bool:
         return self._find() != self._addresses
 
     def has_hooks(self) -> bool:
-        return any(self._hooks)
+        if self._hooked or self._handles != RemovableHandle.next_id:  # every hook that is registered takes the next number
+            self._handles, self._hooked = RemovableHandle.next_id, any(self._hooks)
+        return self._hooked
