@@ -19,7 +19,8 @@ GROUP = 32  # activations that share a scale
 LARGEST_Q = 127 * 256 + 127  # of two signed bytes
 SMALLEST = 1e-30  # a group of smaller activations counts as zeros
 ROWS_IN_BLOCKS = 48  # up to so many rows are multiplied with the blocks themselves; more pay for decoding them
-PANEL_BYTES = 16 << 20  # of decoded weights: half of a third-level cache; for each panel the product orders the activations anew
+PANEL_BYTES = 6 << 20  # of decoded weights: still in the cache when they are multiplied, and enough that ordering the activations anew for each pays
+PANEL_ROWS = 64  # that a panel has a multiple of
 
 BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 """The formats, as `PackedBlocks.type` names them, that the kernels multiply."""
@@ -89,7 +90,7 @@ class QuantizedWeight:
         return rows
 
     def _multiply_decoded(self, x: Tensor, start: int, end: int, out: Tensor) -> None:  # [rows, in_features], [rows, end - start]
-        step = min(end - start, max(32, PANEL_BYTES // (self.in_features * x.element_size()) // 32 * 32))
+        step = min(end - start, max(PANEL_ROWS, PANEL_BYTES // (self.in_features * x.element_size()) // PANEL_ROWS * PANEL_ROWS))
         panel = _PANEL.room(step, self.in_features, x.dtype)
         for low in range(start, end, step):
             rows, columns = panel[: end - low], out[:, low - start : low - start + step]

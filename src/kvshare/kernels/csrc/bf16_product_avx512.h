@@ -1,47 +1,32 @@
 // Products of bfloat16 weights with few rows of activations for AVX512-BF16; both are read as they are. Sixteen sums at a time, each a whole register:
-// of four rows of weights and up to four of activations. Activations are taken a block of numbers at a time that stays in the first-level cache
-// while rows of weights go by; what is summed up so far waits in memory for the next block, so that a result does not depend on the blocks,
-// and with them on the rows beside it. Included once by the AVX512 files inside their namespace.
+// of four rows of weights and up to four of activations, or of two and up to eight. Activations are taken a block of numbers at a time that stays in the
+// first-level cache while rows of weights go by; what is summed up so far waits in memory for the next block, so that a result does not depend on the
+// blocks, and with them on the rows beside it. Included once by avx512_products.cpp inside its namespace.
 #pragma once
 
 namespace bf16_product {
 
-constexpr int TOGETHER = 4;                // rows of weights in a tile, and of activations at most
+constexpr int SUMS = 16;
 constexpr int64_t BLOCK_BYTES = 24 << 10;  // of activations: with the weights of two tiles they fit the first-level cache
+constexpr int64_t WHOLE_BYTES = 32 << 10;  // up to so many are better off in one block: each row of weights is read in one go
 constexpr int64_t STRIP = 32;              // rows of weights whose sums wait at the same time
 constexpr int64_t LINE = 32;               // numbers in a cache line, and in a register
 
-// Asks for the rows of weights that come next: one row behind another, as they lie in memory, where that is what limits; where each is used
-// twice, Rows of them side by side, each line as long before it is used as any other.
-template <int Rows>
-class RowsAhead;
+constexpr int rows_together(int rows) { return rows > 4 ? 2 : 4; }  // of weights, for so many of activations
 
-template <>
-class RowsAhead<TOGETHER> {
+// Asks for the rows of weights that come next, one row behind another, as they lie in memory.
+template <int Rows>
+class RowsAhead {
   public:
     RowsAhead(const uint16_t* at, int64_t k, int64_t numbers) : at_(at), end_(at + numbers), skip_(k - numbers), k_(k) {}
     [[gnu::always_inline]] void ask() {
-        each<TOGETHER>([&](auto i) __attribute__((always_inline)) { _mm_prefetch(reinterpret_cast<const char*>(at_ + i * LINE), _MM_HINT_T0); });
-        if ((at_ += TOGETHER * LINE) >= end_) at_ += skip_, end_ += k_;
+        each<Rows>([&](auto i) __attribute__((always_inline)) { _mm_prefetch(reinterpret_cast<const char*>(at_ + i * LINE), _MM_HINT_T0); });
+        if ((at_ += Rows * LINE) >= end_) at_ += skip_, end_ += k_;
     }
 
   private:
     const uint16_t *at_, *end_;
     int64_t skip_, k_;
-};
-
-template <int Rows>
-class RowsAhead {
-  public:
-    RowsAhead(const uint16_t* at, int64_t k, int64_t) : at_(at), k_(k) {}
-    [[gnu::always_inline]] void ask() {
-        each<Rows>([&](auto i) __attribute__((always_inline)) { _mm_prefetch(reinterpret_cast<const char*>(at_ + i * k_), _MM_HINT_T0); });
-        at_ += LINE;
-    }
-
-  private:
-    const uint16_t* at_;
-    int64_t k_;
 };
 
 struct Block {
@@ -62,46 +47,62 @@ struct Sums {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
-// One tile and one block. Meanwhile `ahead`, rows of the next tile, is asked for: all of it, or Asked of its rows.
-template <int Rows, int Asked>
+// Rows of activations line by line beside one another: [lines, rows, 32], zeros behind their end. Where their length is a multiple of 4 KB, all of them
+// and the rows of weights would fight for the same places of the first-level cache.
+inline const uint16_t* side_by_side(const uint16_t* x, int rows, int64_t k) {
+    static thread_local Scratch scratch;
+    const int64_t lines = (k + LINE - 1) / LINE;
+    uint8_t* memory = scratch.room((lines * rows + 1) * 64);
+    uint16_t* to = reinterpret_cast<uint16_t*>(memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64);
+    for (int64_t line = 0; line < lines; line++) {
+        const __mmask32 present = k - line * LINE < LINE ? (1u << k % LINE) - 1 : ~0u;
+        for (int r = 0; r < rows; r++) _mm512_store_si512(to + (line * rows + r) * LINE, _mm512_maskz_loadu_epi16(present, x + r * k + line * LINE));
+    }
+    return to;
+}
+
+// One tile and one block; x [lines of the block, Rows, 32]. Meanwhile `ahead`, the next tile, is asked for.
+template <int Rows>
 void multiply_tile(const uint16_t* weights, int64_t k, const uint16_t* x, const Block& block, const uint16_t* ahead, const Sums& to) {
-    const uint16_t* w[TOGETHER];
-    each<TOGETHER>([&](auto j) __attribute__((always_inline)) { w[j] = weights + (j < to.count ? int(j) : to.count - 1) * k; });
-    __m512 sums[TOGETHER * Rows];
-    each<TOGETHER * Rows>([&](auto i) __attribute__((always_inline)) { sums[i] = block.first ? _mm512_setzero_ps() : to.waiting[i]; });
+    constexpr int together = rows_together(Rows);
+    const uint16_t* w[together];
+    each<together>([&](auto j) __attribute__((always_inline)) { w[j] = weights + (j < to.count ? int(j) : to.count - 1) * k; });
+    __m512 sums[together * Rows];
+    each<together * Rows>([&](auto i) __attribute__((always_inline)) { sums[i] = block.first ? _mm512_setzero_ps() : to.waiting[i]; });
     const auto add = [&](auto load, int64_t i) __attribute__((always_inline)) {
-        __m512i row[TOGETHER];
-        each<TOGETHER>([&](auto j) __attribute__((always_inline)) { row[j] = load(w[j] + i); });
+        __m512i row[together];
+        each<together>([&](auto j) __attribute__((always_inline)) { row[j] = load(w[j] + i); });
         each<Rows>([&](auto r) __attribute__((always_inline)) {
-            const __m512i numbers = load(x + r * k + i);
-            each<TOGETHER>([&](auto j) __attribute__((always_inline)) { add_pairs(sums[r * TOGETHER + j], row[j], numbers); });
+            const __m512i numbers = load(x + r * LINE);
+            each<together>([&](auto j) __attribute__((always_inline)) { add_pairs(sums[r * together + j], row[j], numbers); });
         });
+        x += Rows * LINE;
     };
-    RowsAhead<Asked> lines(ahead, k, block.whole);
+    RowsAhead<together> lines(ahead, k, block.whole);
     for (int64_t i = 0; i < block.whole; i += LINE) {
         lines.ask();
         add([](const uint16_t* p) __attribute__((always_inline)) { return _mm512_loadu_si512(p); }, i);
     }
     if (block.rest) add([&](const uint16_t* p) __attribute__((always_inline)) { return _mm512_maskz_loadu_epi16(block.rest, p); }, block.whole);
     if (!block.last) {
-        each<TOGETHER * Rows>([&](auto i) __attribute__((always_inline)) { to.waiting[i] = sums[i]; });
+        each<together * Rows>([&](auto i) __attribute__((always_inline)) { to.waiting[i] = sums[i]; });
         return;
     }
-    __m512 all[16];  // a copy: an array that loops index would keep the sums in memory all the time
-    each<16>([&](auto i) __attribute__((always_inline)) { all[i] = i < TOGETHER * Rows ? sums[i < TOGETHER * Rows ? int(i) : 0] : _mm512_setzero_ps(); });
+    __m512 all[SUMS];  // a copy: an array that loops index would keep the sums in memory all the time
+    each<SUMS>([&](auto i) __attribute__((always_inline)) { all[i] = i < together * Rows ? sums[i < together * Rows ? int(i) : 0] : _mm512_setzero_ps(); });
     const __m512 totals = sums_of(all);
     const uint32_t present = (1u << to.count) - 1;
-    each<Rows>([&](auto r) { _mm512_mask_storeu_ps(to.y + r * to.stride - r * TOGETHER, __mmask16(present << (r * TOGETHER)), totals); });
+    each<Rows>([&](auto r) { _mm512_mask_storeu_ps(to.y + r * to.stride - r * together, __mmask16(present << (r * together)), totals); });
 }
 
-template <int Asked>
-constexpr decltype(&multiply_tile<1, Asked>) of_rows[] = {nullptr, multiply_tile<1, Asked>, multiply_tile<2, Asked>, multiply_tile<3, Asked>, multiply_tile<4, Asked>};
+constexpr decltype(&multiply_tile<1>) of_rows[] = {nullptr,          multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,
+                                                   multiply_tile<5>, multiply_tile<6>, multiply_tile<7>, multiply_tile<8>};
 
 inline void multiply(const uint16_t* weights, int64_t count, int64_t k, const uint16_t* x, int rows, float* y, int64_t stride, const uint16_t* ahead) {
-    const bool twice = rows > TOGETHER;
-    const int first = twice ? (rows + 1) / 2 : rows;
-    const auto multiply_first = twice ? of_rows<TOGETHER / 2>[first] : of_rows<TOGETHER>[first], multiply_others = of_rows<TOGETHER / 2>[rows - first];
-    const int64_t most = BLOCK_BYTES / 2 / rows, blocks = (k + most - 1) / most, unit = TOGETHER * LINE, step = (k + unit * blocks - 1) / (unit * blocks) * unit;
+    const int together = rows_together(rows);
+    if (rows > 1) x = side_by_side(x, rows, k);
+    const int64_t most = BLOCK_BYTES / 2 / rows, blocks = 2 * k * rows <= WHOLE_BYTES ? 1 : (k + most - 1) / most, unit = together * LINE;
+    const int64_t step = (k + unit * blocks - 1) / (unit * blocks) * unit;
     alignas(64) __m512 waiting[STRIP * MAX_ROWS];
     for (int64_t strip = 0; strip < count; strip += STRIP) {
         const int64_t end = std::min(count, strip + STRIP);
@@ -109,12 +110,9 @@ inline void multiply(const uint16_t* weights, int64_t count, int64_t k, const ui
             const int64_t numbers = std::min(step, k - begin);
             const Block block{numbers / LINE * LINE, (1u << numbers % LINE) - 1, begin == 0, begin + numbers == k};
             __m512* waits = waiting;
-            for (int64_t n = strip; n < end; n += TOGETHER, waits += TOGETHER * rows) {
-                const uint16_t* next = n + TOGETHER < end ? weights + (n + TOGETHER) * k + begin : !block.last ? weights + strip * k + begin + step : end < count ? weights + end * k : ahead;
-                const uint16_t* here = weights + n * k + begin;
-                const int present = int(std::min<int64_t>(TOGETHER, end - n));
-                multiply_first(here, k, x + begin, block, next, {waits, y + n, stride, present});
-                if (twice) multiply_others(here, k, x + first * k + begin, block, next + TOGETHER / 2 * k, {waits + TOGETHER * first, y + first * stride + n, stride, present});
+            for (int64_t n = strip; n < end; n += together, waits += together * rows) {
+                const uint16_t* next = n + together < end ? weights + (n + together) * k + begin : !block.last ? weights + strip * k + begin + step : end < count ? weights + end * k : ahead;
+                of_rows[rows](weights + n * k + begin, k, x + begin * rows, block, next, {waits, y + n, stride, int(std::min<int64_t>(together, end - n))});
             }
         }
     }
