@@ -46,12 +46,21 @@ def tiny(tmp_path: Path) -> Path:
     return tiny_llama(tmp_path / "tiny", dtype="bfloat16")
 
 
+PLAIN = "weights: 6 layers stay plain: rows of 48 numbers are not whole blocks of 32 (blocks.0.mlp.down, ...)"
+
+
+def test_layers_that_stay_plain_are_named(tiny: Path) -> None:
+    checkpoint, lines = open_checkpoint(tiny), list[str]()
+    quantize(build_model(checkpoint.config, torch.bfloat16), checkpoint, "int8", cached=False, notice=lines.append)
+    assert lines[0] == PLAIN
+
+
 def quantized_at_load(
     where: Path | str, precision: str = "int4", cached: bool = True, progress: Progress | None = None, notice: Notice = ignore
 ) -> Checkpoint:
     checkpoint = open_checkpoint(where)
     model = build_model(checkpoint.config, torch.bfloat16)
-    return quantize(model, checkpoint, precision, cached=cached, progress=progress, notice=notice)
+    return quantize(model, checkpoint, precision, cached=cached, progress=progress, notice=lambda line: line == PLAIN or notice(line))
 
 
 def blocks(checkpoint: Checkpoint, name: str = HEAD) -> PackedBlocks:

@@ -40,6 +40,17 @@ def test_text_streams_to_stdout_and_the_rest_to_stderr(command: Command, tiny: P
     assert "8 of 9 prompt rows skipped the last 2 layers" in result.err
 
 
+def test_what_makes_decoding_slow_is_said(command: Command, tiny: Path) -> None:
+    """float32 queries and rows in bfloat16 meet in plain torch, and such steps cannot be replayed."""
+    slow = command("generate", tiny, "once upon", "--max-tokens", 8, "--ignore-eos", "--dtype", "float32", "--kv-dtype", "rot4+16")
+    assert "attention: float32 queries meet bf16 rows in plain torch" in slow.err
+    assert "decode steps are not replayed (the model asks for the step's spans)" in slow.err
+    fast = command("generate", tiny, "once upon", "--max-tokens", 8, "--ignore-eos", "--dtype", "float32", "--kv-dtype", "rot4")
+    assert fast.status == slow.status == 0
+    assert "plain torch" not in fast.err
+    assert "replayed" not in fast.err
+
+
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
 def test_prompt_from_file_and_stdin_is_the_argument(command: Command, tiny: Path, tmp_path: Path, ending: str) -> None:
     file = tmp_path / "prompt.txt"

@@ -147,6 +147,22 @@ def test_a_job_may_be_cancelled_before_it_is_added_and_after_it_ended(checkpoint
     assert llm.arena.num_free == llm.arena.num_pages
 
 
+def test_steps_that_are_not_replayed_are_said_once(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        worker = Worker(lambda: load_tiny(checkpoint, kv_dtype="rot4+16"))
+        worker.start()
+        for _ in range(2):
+            job = Job([[1, 2, 3]], [SamplingParams(max_tokens=6, ignore_eos=True)])
+            worker.submit(job)
+            assert sum([len(pieces) async for pieces in job.pieces()]) == 6
+        await asyncio.to_thread(worker.stop)
+
+    asyncio.run(run())
+    assert [record.message for record in caplog.records if "replayed" in record.message] == [
+        "slower than it could be: decode steps are not replayed (the model asks for the step's spans)"
+    ]
+
+
 def test_a_job_is_taken_whole_or_not_at_all(checkpoint: Path) -> None:
     async def submit() -> LLM:
         llm = load_tiny(checkpoint)

@@ -30,6 +30,15 @@ class NativeAttention:
             self._bound[owner, dtype] = (arena, kernel)
         return kernel
 
+    def read_by_torch(self, dtype: torch.dtype) -> str:
+        """The rows ("bf16") that kernels know but do not read for queries of `dtype`; empty where there are none, or no kernels."""
+        for owner in self.layout.owners if kernels.available() else ():
+            for stream in (each for pair in keys_and_values(self.layout.layers[owner]) for each in pair):
+                kind, _ = kind_and_balance(self.codecs[owner, stream.name])
+                if kind is not None and not kind.takes(dtype):
+                    return kind.name.lower()
+        return ""
+
     def _bind(self, owner: int, arena: Arena, dtype: torch.dtype) -> PagedAttention | None:
         streams = keys_and_values(self.layout.layers[owner])
         if not streams or not kernels.available() or arena.pages.device.type != "cpu":

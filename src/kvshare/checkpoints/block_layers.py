@@ -27,14 +27,26 @@ _Part = PackedBlocks | InterleavedBlocks | Tensor
 def block_matrices(model: nn.Module, sources: Mapping[str, Source]) -> dict[str, tuple[str, ...]]:
     """By the layers' paths, the names of their weights. Layers whose rows are not whole groups are not among them, nor are routers."""
     found = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, RouterLinear) or not isinstance(layer, Linear | Embedding | Experts):
-            continue
-        weights = {"gate_up": layer.gate_up, "down": layer.down} if isinstance(layer, Experts) else {"weight": layer.weight}
+    for path, weights in _matrices(model):
         names = tuple(f"{path}.{name}" for name in weights)
         if all(weight.shape[-1] % GROUP == 0 for weight in weights.values()) and all(sources[name].combine is None for name in names):
             found[path] = names
     return found
+
+
+def rows_without_blocks(model: nn.Module) -> dict[str, list[int]]:
+    """By the paths of the layers that `block_matrices` leaves out for it: the widths of rows that are not whole groups."""
+    widths = {path: sorted({w.shape[-1] for w in weights.values() if w.shape[-1] % GROUP}) for path, weights in _matrices(model)}
+    return {path: found for path, found in widths.items() if found}
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Path and weights of each layer that is kept in blocks where its file has some, and its rows are made for it."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, Experts):
+            yield path, {"gate_up": layer.gate_up, "down": layer.down}
+        elif isinstance(layer, Linear | Embedding) and not isinstance(layer, RouterLinear):
+            yield path, {"weight": layer.weight}
 
 
 def layers_in_blocks(model: nn.Module, sources: Mapping[str, Source], checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.checkpoints.block_encoding import GROUP, block_type, encode_blocks, encoded_rows
-from kvshare.checkpoints.block_layers import block_matrices
+from kvshare.checkpoints.block_layers import block_matrices, rows_without_blocks
 from kvshare.checkpoints.checkpoint import Checkpoint
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.progress import Notice, Progress, ignore
@@ -84,6 +84,10 @@ def quantize(
         for name in plain_matrices(model, checkpoint)
         for shape in (checkpoint.shape(name),)
     ]
+    plain = rows_without_blocks(model)
+    if plain:
+        widths, first = ", ".join(map(str, sorted({width for found in plain.values() for width in found}))), next(iter(plain))
+        notice(f"weights: {len(plain):,} layers stay plain: rows of {widths} numbers are not whole blocks of {GROUP} ({first}, ...)")
     if not entries:
         return checkpoint
     cache = WeightCache(checkpoint, precision, entries)

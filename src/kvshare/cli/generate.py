@@ -137,6 +137,9 @@ def _summary(llm: LLM, run: Run) -> str:
         behind = len(llm.layout.layers) - llm.layout.tail
         if behind:
             parts.append(f"{metrics.tail_rows_skipped:,} of {metrics.prompt_rows:,} prompt rows skipped the last {behind} layers")
+    slow = llm.engine.runner.decode_steps.reason
+    if slow is not None:
+        parts.append(f"slower than it could be: decode steps are not replayed ({slow})")
     if run.interrupted:
         parts.append("interrupted")
     elif completions[0].finish_reason == "length":

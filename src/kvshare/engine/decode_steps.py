@@ -65,13 +65,18 @@ class DecodeSteps:
     def num_programs(self) -> int:
         return len(self._recorded)
 
+    @property
+    def reason(self) -> str | None:
+        """Why steps, or those of some number of sequences, are not replayed; None where they are, as far as they came again."""
+        return next(iter(self.reasons.values()), None)
+
     def describe(self) -> str:
         """How steps were run so far, for people."""
         if self._recorded:
             each = max((recorded.program for recorded in self._recorded.values()), key=lambda program: program.num_torch_operations)
             torch_too = f" and {each.num_torch_operations} operations of torch" if each.num_torch_operations else ""
             return f"decode steps replayed in {each.num_native_runs} native call{'s' * (each.num_native_runs != 1)}{torch_too}"
-        return f"decode steps not replayed: {next(iter(self.reasons.values()), 'none came again')}"
+        return f"decode steps not replayed: {self.reason or 'none came again'}"
 
     def logits(self, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:  # -> float32 [sequences, vocab]
         """Append a token to each sequence, whose cache has reserved its place. The result is overwritten by the next step."""

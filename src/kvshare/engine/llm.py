@@ -95,6 +95,10 @@ class LLM:
         self.generation_config: Mapping[str, Any] = checkpoint.generation_config
         self.arena, self.max_context = _make_arena(self.model.layout, precision, max_context, max_sequences, kv_memory, chunk)
         self.engine = Engine(self.model, self.tokenizer, self.arena, precision, self.max_context, chunk, max_sequences)
+        rows = self.engine.runner.cache.native_attention.read_by_torch(self.dtype)
+        if progress and rows:
+            remedy = f"dtype bfloat16 has kernels for them, as has this one for a kv_dtype without {rows} rows (fp32, or codes without +N)"
+            say(f"attention: {str(self.dtype).removeprefix('torch.')} queries meet {rows} rows in plain torch, which is slow: {remedy}")
 
     @property
     def layout(self) -> CacheLayout:

@@ -113,6 +113,7 @@ class Worker:
         self._load, self._on_loaded, self._on_failed = load, on_loaded, on_failed
         self._inbox: SimpleQueue[Callable[[LLM], None] | None] = SimpleQueue()  # None: stop
         self._running: dict[int, _Running] = {}  # by engine request id
+        self._said_slow = False
         self._thread = threading.Thread(target=self._run, name="kvshare-engine", daemon=True)
 
     def start(self) -> None:
@@ -163,6 +164,10 @@ class Worker:
                 self._drop(llm, self._in_step(llm), engine_failed())
             else:
                 self._deliver(llm, updates)
+                slow = llm.engine.runner.decode_steps.reason
+                if slow is not None and not self._said_slow:
+                    self._said_slow = True
+                    logger.warning("slower than it could be: decode steps are not replayed (%s)", slow)
 
     def _add(self, llm: LLM, job: Job) -> None:
         added: list[int] = []
