@@ -19,7 +19,7 @@ GROUP = 32  # activations that share a scale
 LARGEST_Q = 127 * 256 + 127  # of two signed bytes
 SMALLEST = 1e-30  # a group of smaller activations counts as zeros
 ROWS_IN_BLOCKS = 48  # up to so many rows are multiplied with the blocks themselves; more pay for decoding them
-PANEL_BYTES = 6 << 20  # of decoded weights: still in the cache when they are multiplied, and enough that ordering the activations anew for each pays
+PANEL_BYTES = 6 << 20  # of decoded weights: in the cache when they are multiplied; for each panel the product orders the activations anew
 PANEL_ROWS = 64  # that a panel has a multiple of
 
 BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
