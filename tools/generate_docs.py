@@ -131,12 +131,20 @@ def speed() -> str:
     return against_others(json.loads(file.read_text()) for file in sorted((ROOT / "benchmarks/results").glob("*.json")))
 
 
+def tunings() -> str:
+    """What `kvshare tune` found for the pretrained models."""
+    from benchmarks.tunings import markdown
+
+    return markdown(ROOT / "docs/techniques/tunings")
+
+
 GENERATORS: Mapping[str, Callable[[], str]] = {
     "support table": support_table,
     "planned only": planned_only,
     "families": family_list,
     "bundled configs": bundled_configs,
     "speed": speed,
+    "tunings": tunings,
 }
 """Parts that no command prints, by what stands behind `output:`."""
 
