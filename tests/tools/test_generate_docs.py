@@ -63,5 +63,5 @@ def test_measurements_become_a_table(tmp_path: Path):
     file = tmp_path / "e2b.json"
     file.write_text(json.dumps({**document, "machine": machine, "rows": [done, other]}))
     page = fill(f"<!-- output: {file} -->\n<!-- end -->\n")
-    assert "| kvshare | 512 | 1 | 0.50 | 1,024 |  | 10.00 | 90% |  |  | 7.00 |  |" in page
+    assert "| kvshare | 512 | 1 | 0.50 | 1,024 |  | 10.00 | 90% |  |  |  | 7.00 |  |" in page
     assert "| peer | 512 | 1 | not finished in 600 s |" in page
