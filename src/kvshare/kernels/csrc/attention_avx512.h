@@ -49,8 +49,8 @@ inline void attend_avx512(const AttendRows& rows, const AttendState& state) {
     const int group = state.group, key_width = state.key_width, value_width = state.value_width;
     const bool bf16_keys = state.keys == RowKind::BF16, bf16_values = state.values == RowKind::BF16;
     const int slices = (group + HEADS_TOGETHER - 1) / HEADS_TOGETHER;
-    const int score_asks = bf16_keys ? score_bf16_asks(key_width, group) : slices * codes_asks(state.keys, key_width);
-    const int sum_asks = bf16_values ? sum_bf16_asks(value_width, group) : slices * codes_asks(state.values, value_width);
+    const int score_asks = bf16_keys ? bf16_asks(key_width, group) : slices * codes_asks(state.keys, key_width);
+    const int sum_asks = bf16_values ? bf16_asks(value_width, group) : slices * codes_asks(state.values, value_width);
     Ahead ahead(rows, state.kv_heads * (score_asks + sum_asks));
     for (int kv_head = 0; kv_head < state.kv_heads; kv_head++) {
         const int64_t k_offset = kv_head * head_bytes(state.keys, key_width), v_offset = kv_head * head_bytes(state.values, value_width);

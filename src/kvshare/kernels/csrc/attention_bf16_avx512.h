@@ -17,8 +17,10 @@ inline void score(const uint8_t* q, int64_t query_bytes, int width, const uint8_
         for (int i = 0; i < width; i += 32) {
             const __mmask32 mask = first_words(width - i);
             __m512bh row[Rows];
-            for (int j = 0; j < Rows; j++) row[j] = (__m512bh)_mm512_maskz_loadu_epi16(mask, k[t + j] + offset + 2 * i);
-            ahead.ask(1);
+            for (int j = 0; j < Rows; j++) {
+                row[j] = (__m512bh)_mm512_maskz_loadu_epi16(mask, k[t + j] + offset + 2 * i);
+                if (j % 4 == 3) ahead.ask(4 * Heads);
+            }
             for (int h = 0; h < Heads; h++) {
                 const __m512bh head = (__m512bh)_mm512_maskz_loadu_epi16(mask, q + h * query_bytes + 2 * i);
                 for (int j = 0; j < Rows; j++) products[h * Rows + j] = _mm512_dpbf16_ps(products[h * Rows + j], row[j], head);
@@ -55,7 +57,7 @@ inline void sum_up(const uint32_t* p, int width, const uint8_t* const* v, int64_
         }
         for (int t = 0; t < count; t += 2) {
             const __m512i a = _mm512_maskz_loadu_epi16(mask, v[t] + offset + 2 * i), b = _mm512_maskz_loadu_epi16(mask, v[t + 1] + offset + 2 * i);
-            ahead.ask(1);
+            ahead.ask(2 * Heads);
             const __m512bh left = (__m512bh)_mm512_permutex2var_epi16(a, low, b), right = (__m512bh)_mm512_permutex2var_epi16(a, high, b);
             for (int h = 0; h < Heads; h++) {
                 const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(p[h * HALF + t / 2]));
@@ -98,6 +100,6 @@ inline void sum_bf16(int heads, const float* p, int width, const uint8_t* const*
     }
 }
 
-// How often `score_bf16` and `sum_bf16` ask for rows ahead, for all the heads of a group.
-inline int score_bf16_asks(int width, int group) { return (width + 31) / 32 * (group / 4 * 8 + (group % 4 == 3 ? 8 : group % 4 * 2)); }
-inline int sum_bf16_asks(int width, int group) { return (width + 31) / 32 * HALF * (group / 8 + (group >> 2 & 1) + (group % 4 == 3 ? 1 : (group >> 1 & 1) + (group & 1))); }
+// How often `score_bf16` and `sum_bf16` each ask for rows ahead, for all the heads of a group: once for each piece of 32 numbers and each head that
+// meets it, so that asking goes on evenly while the work does; what is asked for in bursts, processors drop.
+inline int bf16_asks(int width, int group) { return (width + 31) / 32 * int(ATTEND_ROWS) * group; }

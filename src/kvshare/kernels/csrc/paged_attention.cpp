@@ -49,24 +49,51 @@ void PagedAttention::find(const StreamShape& stream, const int32_t* pages, int64
     for (int64_t i = std::max(count, int64_t(0)); i < ATTEND_ROWS; i++) places->rows[i] = places->rows[i ? i - 1 : 0];
 }
 
-// While rows are worked on, those that come next are asked for, far enough ahead for them to arrive and near enough for the first cache to keep them:
-// with one KV head that is much, these rows' values and the next ones' keys; otherwise the next keys and values.
-void PagedAttention::attend_rows(const Isa& isa, const Query& query, int64_t begin, int64_t end, const AttendState& state) const {
-    Places k[2], v[2];
-    const StreamShape &key_shape = kinds_[size_t(query.kind)].k, &value_shape = kinds_[size_t(query.kind)].v;
-    find(key_shape, query.k_pages, query.k_first_page, begin, end, k);
-    find(value_shape, query.v_pages, query.v_first_page, begin, end, v);
-    const bool near = kv_heads_ == 1 && ATTEND_ROWS * (key_shape.row_bytes + value_shape.row_bytes) >= NEAR_BYTES;
+struct PagedAttention::Part {
+    const Query* query;
+    int64_t begin, end;
+};
+
+// Where the rows of one call of a kernel are, keys and values.
+struct PagedAttention::Block {
+    Places k, v;
+};
+
+void PagedAttention::find(const Part& part, int64_t from, Block* block) const {
+    const Query& query = *part.query;
+    const AttendedRows& rows = kinds_[size_t(query.kind)];
+    find(rows.k, query.k_pages, query.k_first_page, from, part.end, &block->k);
+    find(rows.v, query.v_pages, query.v_first_page, from, part.end, &block->v);
+}
+
+// What a thread begins with has been asked for by nobody. Reading it from end to end is many times faster than meeting it row by row.
+void PagedAttention::read_first_rows(const Part& part) const {
+    Block block;
+    find(part, part.begin, &block);
+    for (const Places* places : {&block.k, &block.v})
+        for (int i = 0; i < places->count; i++)
+            for (const uint8_t* at = places->runs[i].at; at < places->runs[i].end; at += 64) *static_cast<const volatile uint8_t*>(at);
+}
+
+// While rows are worked on, those that come next are asked for, behind the last ones the `following` part's if there is one, far enough ahead for them
+// to arrive and near enough for the first cache to keep them: with one KV head that is much, these rows' values and the next ones' keys; otherwise the
+// next keys and values.
+void PagedAttention::attend_rows(const Isa& isa, const Part& part, const Part* following, const AttendState& state) const {
+    Block blocks[2];
+    find(part, part.begin, blocks);
+    const AttendedRows& kind = kinds_[size_t(part.query->kind)];
+    const bool near = kv_heads_ == 1 && ATTEND_ROWS * (kind.k.row_bytes + kind.v.row_bytes) >= NEAR_BYTES;
     AttendRows rows;
     int now = 0;
-    for (int64_t from = begin; from < end; from += ATTEND_ROWS, now ^= 1) {
-        const int next = now ^ 1;
-        find(key_shape, query.k_pages, query.k_first_page, from + ATTEND_ROWS, end, k + next);
-        find(value_shape, query.v_pages, query.v_first_page, from + ATTEND_ROWS, end, v + next);
-        rows.k = k[now].rows;
-        rows.v = v[now].rows;
-        rows.count = int(std::min(ATTEND_ROWS, end - from));
-        const Places &first = near ? v[now] : k[next], &second = near ? k[next] : v[next];
+    for (int64_t from = part.begin; from < part.end; from += ATTEND_ROWS, now ^= 1) {
+        const Block& block = blocks[now];
+        Block& next = blocks[now ^ 1];
+        if (from + ATTEND_ROWS >= part.end && following) find(*following, following->begin, &next);
+        else find(part, from + ATTEND_ROWS, &next);
+        rows.k = block.k.rows;
+        rows.v = block.v.rows;
+        rows.count = int(std::min(ATTEND_ROWS, part.end - from));
+        const Places &first = near ? block.v : next.k, &second = near ? next.k : next.v;
         std::copy(second.runs, second.runs + second.count, std::copy(first.runs, first.runs + first.count, rows.ahead));
         rows.runs = first.count + second.count;
         isa.attention.attend(rows, state);
@@ -113,10 +140,6 @@ void PagedAttention::attend(
             queries.push_back({span.row, first, end, k.pages, k.first_page, v.pages, v.first_page, int(kind)});
         }
     }
-    struct Part {
-        const Query* query;
-        int64_t begin, end;
-    };
     std::vector<Part> parts;
     std::vector<int64_t> rows, first_part;  // of q and out, and where the parts of each begin
     int64_t total_bytes = 0;
@@ -147,23 +170,29 @@ void PagedAttention::attend(
     const bool alone = total_bytes < SINGLE_THREAD_BYTES;
 
     in_parallel(alone ? 1 : most_threads(), [&](const Share& thread) {
+        const auto take = [&] {
+            const int64_t i = next++;
+            return i < int64_t(parts.size()) ? &parts[size_t(i)] : nullptr;
+        };
+        const Part* part = take();
+        if (part) read_first_rows(*part);
         thread.each(heads, [&](int64_t i) {
             const int64_t s = i / query_heads;
             const Query& query = queries[size_t(s)];
             spell(isa, kinds_[size_t(query.kind)].k, q, query.row, query_heads, int(i % query_heads), spelled + s * query_heads * head_bytes);
         });
         thread.wait_for_all();
-        for (int64_t i = next++; i < int64_t(parts.size()); i = next++) {
-            const Part& part = parts[size_t(i)];
-            float* sums = partial + i * floats;
+        for (const Part* following; part; part = following) {
+            following = take();
+            float* sums = partial + (part - parts.data()) * floats;
             float *maxima = sums + query_heads * value_width, *weights = maxima + query_heads;
             std::fill(sums, maxima, 0.0f);
             std::fill(maxima, weights, -INFINITY);
             std::fill(weights, weights + query_heads, 0.0f);
-            const uint8_t* spelled_query = spelled + (part.query - queries.data()) * query_heads * head_bytes;
-            const StreamShape &k = kinds_[size_t(part.query->kind)].k, &v = kinds_[size_t(part.query->kind)].v;
+            const uint8_t* spelled_query = spelled + (part->query - queries.data()) * query_heads * head_bytes;
+            const StreamShape &k = kinds_[size_t(part->query->kind)].k, &v = kinds_[size_t(part->query->kind)].v;
             attend_rows(
-                isa, *part.query, part.begin, part.end,
+                isa, *part, following,
                 {spelled_query, maxima, weights, sums, k.kind, v.kind, kv_heads_, query_heads / kv_heads_, k.width, v.width, head_bytes, scale, softcap}
             );
         }

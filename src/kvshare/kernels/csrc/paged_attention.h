@@ -50,8 +50,12 @@ class PagedAttention {
     void attend(const Isa& isa, const void* q, void* out, int query_heads, const StepSpans& step, float scale, float softcap, const float* sinks) const;
 
   private:
-    void attend_rows(const Isa& isa, const Query& query, int64_t begin, int64_t end, const AttendState& state) const;
+    struct Part;
     struct Places;
+    struct Block;
+    void attend_rows(const Isa& isa, const Part& part, const Part* following, const AttendState& state) const;
+    void read_first_rows(const Part& part) const;
+    void find(const Part& part, int64_t from, Block* block) const;
     void find(const StreamShape& stream, const int32_t* pages, int64_t first_page, int64_t from, int64_t end, Places* places) const;
     void spell(const Isa& isa, const StreamShape& keys, const void* q, int64_t row, int query_heads, int head, uint8_t* to) const;
     void finish(float* numbers, float factor, void* out, int64_t head) const;   // numbers [value width] are changed
