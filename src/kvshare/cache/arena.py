@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Arena:
             else torch.empty(num_pages * page_bytes, dtype=torch.uint8, device=device)
         )
         self.pages = memory.view(num_pages, page_bytes)  # untouched pages cost no memory
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = list(range(num_pages))  # a heap: what is taken together lies together, in order, which processors read faster
         self._references = [0] * num_pages
         self.peak_pages = 0
         self._row_views: dict[int, Tensor] = {}
@@ -56,12 +57,12 @@ class Arena:
         self.peak_pages = self.num_held
 
     def allocate(self, count: int) -> list[int]:
-        """`count` pages, or `CapacityError` and none at all."""
+        """The first `count` free pages, in order, or `CapacityError` and none at all."""
         if count > len(self._free):
             raise CapacityError(
                 f"the cache needs {count} more pages of {self.page_bytes:,} bytes, but only {len(self._free)} of {self.num_pages} are free"
             )
-        taken = [self._free.pop() for _ in range(count)]
+        taken = [heappop(self._free) for _ in range(count)]
         for page in taken:
             self._references[page] = 1
         self.peak_pages = max(self.peak_pages, self.num_held)
@@ -79,7 +80,7 @@ class Arena:
             assert self._references[page] > 0, f"page {page} is released twice"
             self._references[page] -= 1
             if self._references[page] == 0:
-                self._free.append(page)
+                heappush(self._free, page)
 
     def is_shared(self, page: int) -> bool:
         return self._references[page] > 1

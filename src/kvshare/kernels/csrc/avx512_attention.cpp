@@ -24,7 +24,8 @@ namespace {
 #include "query_avx512.h"
 #include "ahead_avx512.h"
 #include "attention_bf16_avx512.h"
-#include "attention_codes_avx512.h"
+#include "code_scores_avx512.h"
+#include "code_sums_avx512.h"
 #include "attention_avx512.h"
 }  // namespace
 const AttentionKernels attention = {spell_avx512, attend_avx512};
