@@ -3,6 +3,7 @@
 #pragma once
 #include <nanobind/nanobind.h>
 
+#include <deque>
 #include <functional>
 #include <optional>
 #include <string>
@@ -24,7 +25,14 @@ class Program {
 
     explicit Program(StepSpans recorded_from) : recorded_from_(recorded_from) {}
 
-    void append(Call call) { calls_.push_back(std::move(call)); }
+    // `reads`: what each thread will read first, which those that wait ask the memory for in the meantime.
+    void append(Call call, FirstReads reads = {}) {
+        if (reads) {
+            const FirstReads* kept = &reads_.emplace_back(std::move(reads));
+            for (auto step = steps_.rbegin(); step != steps_.rend() && !step->upcoming; step++) step->upcoming = kept;
+        }
+        steps_.push_back({std::move(call), nullptr});
+    }
     void append(const StepSpans& spans, Call call) {
         if (spans.spans == recorded_from_.spans) append(std::move(call));
         else refuse("rows of another step");
@@ -33,12 +41,16 @@ class Program {
         if (refusal_.empty()) refusal_ = why;
     }
     const std::string& refusal() const { return refusal_; }  // empty: everything that was computed is in it
-    int64_t size() const { return int64_t(calls_.size()); }
+    int64_t size() const { return int64_t(steps_.size()); }
 
     void run(int64_t begin, int64_t end, const StepSpans& spans) const {
         const Isa& isa = active_isa();
         const auto lead = [&] {
-            for (int64_t i = begin; i < end; i++) calls_[size_t(i)](isa, spans);
+            for (int64_t i = begin; i < end; i++) {
+                const Step& step = steps_[size_t(i)];
+                if (team) team->expect(step.upcoming);
+                step.call(isa, spans);
+            }
         };
         if (end - begin < LEAST_CALLS) lead();
         else Team::open(lead);
@@ -48,7 +60,12 @@ class Program {
     static constexpr int64_t LEAST_CALLS = 4;  // fewer take their threads one by one sooner than they open a team
 
     StepSpans recorded_from_;
-    std::vector<Call> calls_;
+    struct Step {
+        Call call;
+        const FirstReads* upcoming;  // of the next step that has any
+    };
+    std::vector<Step> steps_;
+    std::deque<FirstReads> reads_;
     std::string refusal_;
 };
 
@@ -57,9 +74,9 @@ inline thread_local Program* recording = nullptr;  // what the kernels that this
 enum class Gil { kept, released };  // while a call runs; released where it takes long
 
 // Runs call(isa), and records it where this thread records. Called with the GIL held; an object that must stay alive may be captured as nb::object.
-// `work` is what a stopwatch counts its time as.
+// `work` is what a stopwatch counts its time as; `reads` is as in `Program::append`.
 template <typename Call>
-void perform(Gil gil, Call call, Work work = Work::small) {
+void perform(Gil gil, Call call, Work work = Work::small, FirstReads reads = {}) {
     auto timed = [call = std::move(call), work](const Isa& isa) {
         const Timed timer(work);
         call(isa);
@@ -69,7 +86,7 @@ void perform(Gil gil, Call call, Work work = Work::small) {
         if (gil == Gil::released) released.emplace();
         timed(active_isa());
     }
-    if (recording) recording->append([timed = std::move(timed)](const Isa& isa, const StepSpans&) { timed(isa); });
+    if (recording) recording->append([timed = std::move(timed)](const Isa& isa, const StepSpans&) { timed(isa); }, std::move(reads));
 }
 
 // The same for call(isa, spans): what it does with the step's tokens and rows.

@@ -18,8 +18,7 @@ namespace {
 
 constexpr int64_t PIECE_BYTES = 192 << 10;          // of weights that a thread takes at once: they stay in its cache for further rows of activations
 constexpr int64_t PIECE_ROWS = 256;                 // of weights at most
-constexpr int64_t PIECES_A_THREAD = 8;              // at least, where there are enough rows, so that a thread that is held up keeps none waiting
-constexpr int64_t UNIT = 2 * STRIP;                 // rows of weights that a piece holds multiples of
+constexpr int64_t SHARE_OF_REST = 2;                // a thread takes its share of what is left over this: the last pieces are small, none waits long for them
 constexpr int64_t SINGLE_THREAD_BYTES = 64 << 10;   // below this, waking other threads costs more than they bring
 constexpr int64_t ROUNDED_ALONE = 16 << 10;         // activations that the calling thread rounds before it starts the others
 constexpr int64_t LINE = 64;                        // bytes of a cache line: vectors that straddle two cost twice
@@ -34,49 +33,56 @@ struct Piece {
     int64_t first;  // counted from the first row that is asked for
 };
 
-// Rows [begin, end) of a matrix in pieces of one format and order each, which begin where a strip does.
+// Rows [begin, end) of a matrix in pieces of one format and order each, which begin where a strip does and get smaller towards the end.
 class Pieces {
   public:
-    Pieces(const std::vector<Segment>& segments, int64_t k, int64_t begin, int64_t end, int64_t threads)
-        : segments_(segments), k_(k), begin_(begin), end_(end), shared_((end - begin) / (PIECES_A_THREAD * threads)) {
-        int64_t start = 0;
-        for (const Segment& segment : segments_) {
-            count_ += pieces_of(segment, start);
-            start += segment.count;
-        }
-    }
-    int64_t count() const { return count_; }
+    Pieces(const std::vector<Segment>& segments, int64_t k, int64_t begin, int64_t end, int threads)
+        : segments_(segments), k_(k), begin_(begin), end_(end), threads_(threads), next_(start(threads)) {}
 
-    Piece operator[](int64_t i) const {
-        int64_t start = 0;
-        for (const Segment& segment : segments_) {
-            const int64_t here = pieces_of(segment, start);
-            if (i < here) {
-                const int64_t from = low(start), each = step(segment), strip = from / STRIP * STRIP + i * each, first = std::max(from, strip);
-                const int64_t count = std::min(strip + each, high(segment, start)) - first, row = segment.interleaved ? strip : first;
-                return {{segment.type, segment.interleaved, segment.rows + row * row_bytes(segment.type, k_), first - row, count}, start + first - begin_};
-            }
-            i -= here;
-            start += segment.count;
+    // run(piece, behind) for one thread's pieces, `behind` being its next one, without rows where it has no other. The first piece of each thread is its
+    // own without asking, so that it is known beforehand.
+    template <typename Run>
+    void share(const Share& thread, Run run) {
+        int own = thread.index;
+        for (Piece piece = at(start(own)), behind; piece.weights.count; piece = behind) {
+            own += thread.count;  // there may be fewer threads than were asked for
+            run(piece, behind = at(own < threads_ ? start(own) : take()));
         }
-        return {};
     }
+
+    // Piece number i.
+    Piece operator[](int i) const { return at(start(i)); }
 
   private:
-    // the rows of a segment that are asked for
-    int64_t low(int64_t start) const { return std::max<int64_t>(0, begin_ - start); }
-    int64_t high(const Segment& segment, int64_t start) const { return std::min(segment.count, end_ - start); }
-    int64_t pieces_of(const Segment& segment, int64_t start) const {
-        const int64_t from = low(start), to = high(segment, start);
-        return from < to ? (to - from / STRIP * STRIP + step(segment) - 1) / step(segment) : 0;
+    // The piece that begins with this row of the matrix; one without rows behind the last.
+    Piece at(int64_t row) const {
+        if (row >= end_) return {};
+        const Segment* segment = segments_.data();
+        int64_t start = 0;
+        for (; row >= start + segment->count; segment++) start += segment->count;
+        const int64_t bytes = row_bytes(segment->type, k_), first = row - start, strip = first / STRIP * STRIP;
+        const int64_t most = std::min({PIECE_BYTES / bytes, PIECE_ROWS, (end_ - row) / (SHARE_OF_REST * threads_)});
+        const int64_t end = std::min({strip + std::max(STRIP, most / STRIP * STRIP), segment->count, end_ - start}), from = segment->interleaved ? strip : first;
+        return {{segment->type, segment->interleaved, segment->rows + from * bytes, first - from, end - first}, row - begin_};
     }
-    int64_t step(const Segment& segment) const {
-        const int64_t most = std::min({PIECE_BYTES / row_bytes(segment.type, k_), PIECE_ROWS, shared_});
-        return std::max(UNIT, most / UNIT * UNIT);
+
+    // The first row of piece number i, or `end`.
+    int64_t start(int i) const {
+        int64_t row = begin_;
+        while (i-- > 0 && row < end_) row += at(row).weights.count;
+        return row;
+    }
+
+    // The first row of a piece that no thread has been given, or `end`.
+    int64_t take() {
+        int64_t row = next_.load(std::memory_order_relaxed);
+        while (row < end_ && !next_.compare_exchange_weak(row, row + at(row).weights.count, std::memory_order_relaxed)) {}
+        return row;
     }
 
     const std::vector<Segment>& segments_;
-    int64_t k_, begin_, end_, shared_, count_ = 0;
+    const int64_t k_, begin_, end_, threads_;
+    alignas(LINE) std::atomic<int64_t> next_;
 };
 
 // Room for rounded rows, kept by the calling thread between calls.
@@ -130,17 +136,17 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
     static thread_local Rounded rounded;
     const int64_t k = in_features_, out_features = end - begin;
     if (!rows || !out_features) return;
-    const bool alone = bytes_ / out_features_ * out_features < SINGLE_THREAD_BYTES;
-    const Pieces pieces(segments_, k, begin, end, alone ? 1 : most_threads());
+    const int threads = threads_for(begin, end, most_threads());
+    const bool alone = threads == 1;
+    Pieces pieces(segments_, k, begin, end, threads);
     const Activations activations = has_blocks_ ? rounded.room(rows, k) : Activations{};
     const auto row = [&](int64_t r) { return static_cast<const uint8_t*>(x) + r * k * (x_bf16 ? 2 : 4); };
     const bool rounded_alone = has_blocks_ && (alone || rows * k <= ROUNDED_ALONE);
     if (rounded_alone)
         for (int64_t r = 0; r < rows; r++) isa.products.round(row(r), x_bf16, 0, k, activations.from(r));
     const int64_t times = (rows + MAX_ROWS - 1) / MAX_ROWS, together = (rows + times - 1) / times;
-    alignas(LINE) std::atomic<int64_t> next{0};
 
-    in_parallel(alone ? 1 : most_threads(), [&](const Share& thread) {
+    in_parallel(threads, [&](const Share& thread) {
         if (has_blocks_ && !rounded_alone) {
             constexpr int64_t unit = 512;  // numbers of all rows that one thread rounds: they lie beside one another
             const int64_t units = (k + unit - 1) / unit;
@@ -151,10 +157,10 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
         }
         alignas(LINE) float sums[MAX_ROWS * PIECE_ROWS];
         // the piece behind this one is taken before this one is worked on, so that the kernel can ask the memory for it in time
-        for (int64_t i = next++, behind; i < pieces.count(); i = behind) {
-            behind = next++;
-            const auto [weights, first] = pieces[i];
-            const uint8_t* ahead = behind < pieces.count() ? pieces[behind].weights.data : weights.data;
+        pieces.share(thread, [&](const Piece& piece, const Piece& behind) {
+            const auto [weights, first] = piece;
+            const uint8_t* ahead = behind.weights.data ? behind.weights.data : thread.upcoming();
+            if (!ahead) ahead = weights.data;
             for (int64_t r = 0; r < rows; r += together) {
                 const int count = int(std::min(together, rows - r));
                 float* y = out_bf16 ? sums : static_cast<float*>(out) + r * out_features + first;
@@ -163,15 +169,25 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
                 else isa.products.multiply(weights, k, activations.from(r), count, y, stride, ahead);
                 for (int j = 0; out_bf16 && j < count; j++) to_bf16(sums + j * stride, weights.count, static_cast<uint16_t*>(out) + (r + j) * out_features + first);
             }
-        }
+        });
     });
 }
 
+int QuantizedWeight::threads_for(int64_t begin, int64_t end, int most) const { return bytes_ / out_features_ * (end - begin) < SINGLE_THREAD_BYTES ? 1 : most; }
+
+Run QuantizedWeight::first_of(int64_t begin, int64_t end, int thread, int threads) const {
+    const int sharing = threads_for(begin, end, threads);
+    if (thread >= sharing) return {};
+    const WeightRows first = Pieces(segments_, in_features_, begin, end, sharing)[thread].weights;
+    return {first.data, first.data + (first.skip + first.count) * row_bytes(first.type, in_features_)};
+}
+
 void QuantizedWeight::decode(const Isa& isa, int64_t begin, int64_t end, void* to, bool bf16) const {
-    const Pieces pieces(segments_, in_features_, begin, end, most_threads());
-    in_turn(pieces.count(), [&](int64_t i) {
-        const auto [weights, first] = pieces[i];
-        isa.products.decode(weights, in_features_, static_cast<uint8_t*>(to) + first * in_features_ * (bf16 ? 2 : 4), bf16);
+    Pieces pieces(segments_, in_features_, begin, end, most_threads());
+    in_parallel(most_threads(), [&](const Share& thread) {
+        pieces.share(thread, [&](const Piece& piece, const Piece&) {
+            isa.products.decode(piece.weights, in_features_, static_cast<uint8_t*>(to) + piece.first * in_features_ * (bf16 ? 2 : 4), bf16);
+        });
     });
 }
 
