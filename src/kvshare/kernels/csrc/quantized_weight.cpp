@@ -16,9 +16,10 @@ namespace {
 
 #include "interleave.h"
 
-constexpr int64_t PIECE_BYTES = 192 << 10;          // of weights that a thread takes at once: they stay in its cache for further rows of activations
-constexpr int64_t PIECE_ROWS = 256;                 // of weights at most
-constexpr int64_t SHARE_OF_REST = 2;                // a thread takes its share of what is left over this: the last pieces are small, none waits long for them
+constexpr int64_t CACHED_BYTES = 192 << 10;         // of weights that a thread takes at once where its cache is to keep them for further rows of activations
+constexpr int64_t MOST_SUMS = 2048;                 // that a thread computes at once
+constexpr int64_t SHARE_OF_REST = 2;                // a thread takes what is left of its run over this,
+constexpr int64_t LEAST_BYTES = 32 << 10;           // but not less, which it would be slow to begin with
 constexpr int64_t SINGLE_THREAD_BYTES = 64 << 10;   // below this, waking other threads costs more than they bring
 constexpr int64_t ROUNDED_ALONE = 16 << 10;         // activations that the calling thread rounds before it starts the others
 constexpr int64_t LINE = 64;                        // bytes of a cache line: vectors that straddle two cost twice
@@ -27,62 +28,107 @@ int64_t row_bytes(BlockType type, int64_t k) { return k / shape_of(type).weights
 
 int64_t whole_lines(int64_t bytes) { return (bytes + LINE - 1) / LINE * LINE; }
 
+struct Rows {
+    int64_t begin, end;
+
+    int64_t count() const { return end - begin; }
+};
+
 // Rows of weights that one thread takes at once.
 struct Piece {
     WeightRows weights;
     int64_t first;  // counted from the first row that is asked for
 };
 
-// Rows [begin, end) of a matrix in pieces of one format and order each, which begin where a strip does and get smaller towards the end.
+// Rows of a matrix, cut in pieces of one format and order each, which begin where a strip does. Every thread has a run of rows of its own and goes through
+// it from the front, as memory likes to be read; one that is done takes from the back of another's run. Pieces get smaller towards the end of a run, so
+// that no thread waits long for the last one.
 class Pieces {
   public:
-    Pieces(const std::vector<Segment>& segments, int64_t k, int64_t begin, int64_t end, int threads)
-        : segments_(segments), k_(k), begin_(begin), end_(end), threads_(threads), next_(start(threads)) {}
+    Pieces(const std::vector<Segment>& segments, int64_t k, Rows rows, int threads, int64_t most_rows, int64_t most_bytes)
+        : segments_(segments), k_(k), rows_(rows), threads_(threads), most_rows_(most_rows), most_bytes_(most_bytes) {}
 
-    // run(piece, behind) for one thread's pieces, `behind` being its next one, without rows where it has no other. The first piece of each thread is its
-    // own without asking, so that it is known beforehand.
-    template <typename Run>
-    void share(const Share& thread, Run run) {
-        int own = thread.index;
-        for (Piece piece = at(start(own)), behind; piece.weights.count; piece = behind) {
-            own += thread.count;  // there may be fewer threads than were asked for
-            run(piece, behind = at(own < threads_ ? start(own) : take()));
-        }
+    // Before pieces are taken: room for what is left of the runs is the calling thread's, and used until its next call.
+    void begin() {
+        static thread_local std::vector<Left> kept;
+        if (kept.size() < size_t(threads_)) kept = std::vector<Left>(size_t(threads_));
+        left_ = kept.data();
+        for (int i = 0; i < threads_; i++) left_[i].rows.store(packed(run_of(i)), std::memory_order_relaxed);
     }
 
-    // Piece number i.
-    Piece operator[](int i) const { return at(start(i)); }
+    // The next piece for a thread; one without rows where nothing is left.
+    Piece take(int thread) {
+        for (int i = 0; i < threads_; i++) {
+            std::atomic<uint64_t>& left = left_[(thread + i) % threads_].rows;
+            uint64_t seen = left.load(std::memory_order_relaxed);
+            for (Rows rows = unpacked(seen); rows.count(); rows = unpacked(seen)) {
+                const Rows taken = i ? back(rows) : front(rows);
+                if (left.compare_exchange_weak(seen, packed(i ? Rows{rows.begin, taken.begin} : Rows{taken.end, rows.end}), std::memory_order_relaxed)) return piece(taken);
+            }
+        }
+        return {};
+    }
+
+    // What a thread takes first, unless another one has come so far.
+    Piece first(int thread) const {
+        const Rows run = run_of(thread);
+        return run.count() ? piece(front(run)) : Piece{};
+    }
 
   private:
-    // The piece that begins with this row of the matrix; one without rows behind the last.
-    Piece at(int64_t row) const {
-        if (row >= end_) return {};
-        const Segment* segment = segments_.data();
-        int64_t start = 0;
-        for (; row >= start + segment->count; segment++) start += segment->count;
-        const int64_t bytes = row_bytes(segment->type, k_), first = row - start, strip = first / STRIP * STRIP;
-        const int64_t most = std::min({PIECE_BYTES / bytes, PIECE_ROWS, (end_ - row) / (SHARE_OF_REST * threads_)});
-        const int64_t end = std::min({strip + std::max(STRIP, most / STRIP * STRIP), segment->count, end_ - start}), from = segment->interleaved ? strip : first;
-        return {{segment->type, segment->interleaved, segment->rows + from * bytes, first - from, end - first}, row - begin_};
+    struct Left {
+        alignas(LINE) std::atomic<uint64_t> rows;  // the first one, and their end in the upper half
+    };
+    struct Place {
+        const Segment* segment;
+        int64_t start;  // of the segment in the matrix
+    };
+
+    uint64_t packed(Rows rows) const { return uint64_t(rows.begin - rows_.begin) | uint64_t(rows.end - rows_.begin) << 32; }
+    Rows unpacked(uint64_t rows) const { return {rows_.begin + int64_t(rows & UINT32_MAX), rows_.begin + int64_t(rows >> 32)}; }
+
+    Place find(int64_t row) const {
+        Place place{segments_.data(), 0};
+        for (; row >= place.start + place.segment->count; place.segment++) place.start += place.segment->count;
+        return place;
     }
 
-    // The first row of piece number i, or `end`.
-    int64_t start(int i) const {
-        int64_t row = begin_;
-        while (i-- > 0 && row < end_) row += at(row).weights.count;
-        return row;
+    int64_t border(int i) const {  // where thread i's run begins
+        const int64_t even = rows_.begin + rows_.count() * i / threads_;
+        if (i == 0 || even == rows_.end) return even;
+        const Place place = find(even);
+        return std::max(rows_.begin, even - (even - place.start) % STRIP);
+    }
+    Rows run_of(int thread) const { return {border(thread), border(thread + 1)}; }
+
+    // How many of the rows left in a run are taken at once, in whole strips.
+    int64_t size(Rows left, const Segment& segment) const {
+        const int64_t bytes = row_bytes(segment.type, k_), most = std::min(most_rows_, most_bytes_ / bytes), least = std::min(most, LEAST_BYTES / bytes);
+        return std::max(STRIP, std::clamp(left.count() / SHARE_OF_REST, least, most) / STRIP * STRIP);
+    }
+    Rows front(Rows left) const {
+        const auto [segment, start] = find(left.begin);
+        const int64_t strip = left.begin - (left.begin - start) % STRIP;
+        return {left.begin, std::min({strip + size(left, *segment), start + segment->count, left.end})};
+    }
+    Rows back(Rows left) const {
+        const auto [segment, start] = find(left.end - 1);
+        const int64_t begin = left.end - size(left, *segment);
+        return {std::max({begin - (begin - start) % STRIP, start, left.begin}), left.end};
     }
 
-    // The first row of a piece that no thread has been given, or `end`.
-    int64_t take() {
-        int64_t row = next_.load(std::memory_order_relaxed);
-        while (row < end_ && !next_.compare_exchange_weak(row, row + at(row).weights.count, std::memory_order_relaxed)) {}
-        return row;
+    Piece piece(Rows rows) const {
+        const auto [segment, start] = find(rows.begin);
+        const int64_t first = rows.begin - start, skip = segment->interleaved ? first % STRIP : 0;
+        return {{segment->type, segment->interleaved, segment->rows + (first - skip) * row_bytes(segment->type, k_), skip, rows.count()}, rows.begin - rows_.begin};
     }
 
     const std::vector<Segment>& segments_;
-    const int64_t k_, begin_, end_, threads_;
-    alignas(LINE) std::atomic<int64_t> next_;
+    const int64_t k_;
+    const Rows rows_;
+    const int threads_;
+    const int64_t most_rows_, most_bytes_;
+    Left* left_ = nullptr;
 };
 
 // Room for rounded rows, kept by the calling thread between calls.
@@ -138,13 +184,14 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
     if (!rows || !out_features) return;
     const int threads = threads_for(begin, end, most_threads());
     const bool alone = threads == 1;
-    Pieces pieces(segments_, k, begin, end, threads);
+    const int64_t times = (rows + MAX_ROWS - 1) / MAX_ROWS, together = (rows + times - 1) / times;
+    Pieces pieces(segments_, k, {begin, end}, threads, MOST_SUMS / together, times > 1 ? CACHED_BYTES : INT64_MAX);
+    pieces.begin();
     const Activations activations = has_blocks_ ? rounded.room(rows, k) : Activations{};
     const auto row = [&](int64_t r) { return static_cast<const uint8_t*>(x) + r * k * (x_bf16 ? 2 : 4); };
     const bool rounded_alone = has_blocks_ && (alone || rows * k <= ROUNDED_ALONE);
     if (rounded_alone)
         for (int64_t r = 0; r < rows; r++) isa.products.round(row(r), x_bf16, 0, k, activations.from(r));
-    const int64_t times = (rows + MAX_ROWS - 1) / MAX_ROWS, together = (rows + times - 1) / times;
 
     in_parallel(threads, [&](const Share& thread) {
         if (has_blocks_ && !rounded_alone) {
@@ -155,9 +202,10 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
             });
             thread.wait_for_all();
         }
-        alignas(LINE) float sums[MAX_ROWS * PIECE_ROWS];
+        alignas(LINE) float sums[MOST_SUMS];
         // the piece behind this one is taken before this one is worked on, so that the kernel can ask the memory for it in time
-        pieces.share(thread, [&](const Piece& piece, const Piece& behind) {
+        for (Piece piece = pieces.take(thread.index), behind; piece.weights.count; piece = behind) {
+            behind = pieces.take(thread.index);
             const auto [weights, first] = piece;
             const uint8_t* ahead = behind.weights.data ? behind.weights.data : thread.upcoming();
             if (!ahead) ahead = weights.data;
@@ -169,7 +217,7 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
                 else isa.products.multiply(weights, k, activations.from(r), count, y, stride, ahead);
                 for (int j = 0; out_bf16 && j < count; j++) to_bf16(sums + j * stride, weights.count, static_cast<uint16_t*>(out) + (r + j) * out_features + first);
             }
-        });
+        }
     });
 }
 
@@ -178,16 +226,17 @@ int QuantizedWeight::threads_for(int64_t begin, int64_t end, int most) const { r
 Run QuantizedWeight::first_of(int64_t begin, int64_t end, int thread, int threads) const {
     const int sharing = threads_for(begin, end, threads);
     if (thread >= sharing) return {};
-    const WeightRows first = Pieces(segments_, in_features_, begin, end, sharing)[thread].weights;
+    const WeightRows first = Pieces(segments_, in_features_, {begin, end}, sharing, MOST_SUMS, CACHED_BYTES).first(thread).weights;
     return {first.data, first.data + (first.skip + first.count) * row_bytes(first.type, in_features_)};
 }
 
 void QuantizedWeight::decode(const Isa& isa, int64_t begin, int64_t end, void* to, bool bf16) const {
-    Pieces pieces(segments_, in_features_, begin, end, most_threads());
-    in_parallel(most_threads(), [&](const Share& thread) {
-        pieces.share(thread, [&](const Piece& piece, const Piece&) {
+    const int threads = most_threads();
+    Pieces pieces(segments_, in_features_, {begin, end}, threads, MOST_SUMS, CACHED_BYTES);
+    pieces.begin();
+    in_parallel(threads, [&](const Share& thread) {
+        for (Piece piece = pieces.take(thread.index); piece.weights.count; piece = pieces.take(thread.index))
             isa.products.decode(piece.weights, in_features_, static_cast<uint8_t*>(to) + piece.first * in_features_ * (bf16 ? 2 : 4), bf16);
-        });
     });
 }
 
