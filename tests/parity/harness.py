@@ -80,10 +80,15 @@ class Paged:
         counts = [len(t) for t in tokens]
         for cache, count in zip(caches, counts, strict=True):
             cache.reserve(count)
-        logits = self.replayed([int(t) for t in tokens], caches) if set(counts) == {1} and keep is None else None
-        if logits is None or not self.model.layout.state_bytes:  # a step that replaces states cannot be run twice
-            found, logits = logits, self.model.logits(self.model(torch.cat(list(tokens)), PagedStep(self.cache, caches, counts, keep)))
-            assert found is None or torch.equal(found, logits.float()), "a replayed step differs from the step itself"
+        found, states = None, [page for cache in caches for page in cache.state_pages]
+        if set(counts) == {1} and keep is None:
+            before = self.arena.pages[states]
+            found = self.replayed([int(t) for t in tokens], caches)
+            after, self.arena.pages[states] = self.arena.pages[states], before  # the step itself starts from there as well
+        logits = self.model.logits(self.model(torch.cat(list(tokens)), PagedStep(self.cache, caches, counts, keep)))
+        if found is not None:
+            assert torch.equal(found, logits.float()), "a replayed step differs from the step itself"
+            assert torch.equal(after, self.arena.pages[states]), "a replayed step leaves other states than the step itself"
         for cache, count in zip(caches, counts, strict=True):
             cache.commit(count)
             assert cache.num_pages == self.model.layout.held_pages(cache.num_tokens, self.precision)

@@ -227,7 +227,7 @@ def test_bfloat16_keeps_the_residual_stream_in_float32(tmp_path: Path) -> None:
     model = load(tmp_path, torch.bfloat16)
     assert model.blocks[0].after_mlp.residual_scale.dtype == model.blocks[0].router.balance.dtype == torch.float32
     streams: list[torch.dtype] = []
-    model.blocks[1].after_attention.register_forward_hook(lambda module, inputs, output: streams.extend([inputs[1].dtype, output.dtype]))
+    model.blocks[1].after_attention.register_forward_hook(lambda module, inputs, output: streams.extend([inputs[1].dtype, output[0].dtype]))
     theirs, ours = divergence(exact, rounded), divergence(exact, one_shot(model, ids))
     assert set(streams) == {torch.float32}
     assert ours < 1.5 * theirs

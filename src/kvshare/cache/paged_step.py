@@ -18,8 +18,9 @@ from kvshare.cache.step import KeyRebuild, Step, state_named
 from kvshare.cache.tables import SequenceCache
 from kvshare.cache.tiled_attention import TiledAttention
 from kvshare.kernels.row_kind import RowEncoder, row_encoder
-from kvshare.kernels.row_selection import SelectionSpan
+from kvshare.kernels.row_selection import RowSelection, SelectionSpan
 from kvshare.kernels.step_spans import StepSpans, TokenSpan
+from kvshare.kernels.step_states import StateInPlace
 from kvshare.layers.key_from_value import KeyFromValue
 from kvshare.layout import CacheLayout, PrecisionChoice, Stream
 
@@ -47,10 +48,12 @@ class PagedCache:
         self.tiled_attention = TiledAttention(layout, self.codecs)
         self.native_selection = NativeSelection(layout, self.codecs)
         self.read_again = frozenset(owner for owner in layout.owners if layout.readers(owner))
+        self.states: dict[tuple[int, str], tuple[int, int, torch.dtype]] = {}  # first byte and end in a sequence's states
         self.state_places: dict[tuple[int, str], list[tuple[int, int, int]]] = {}  # (which state page, first byte, end), in order
         start = 0
         for index, layer in enumerate(layout.layers):
             for state in layer.states:
+                self.states[index, state.name] = start, start + state.num_bytes, _STATE_DTYPES[state.dtype]
                 self.state_places[index, state.name] = _places(start, start + state.num_bytes, layout.page_bytes(precision))
                 start += state.num_bytes
 
@@ -105,6 +108,10 @@ class PagedStep(Step):
         if single is not None and self.all_single and (many is None or not many.takes(1, q.shape[1], entries)):
             single.attend(q, out, self.native_spans, scale=scale, softcap=softcap, sinks=sinks)
             return out
+        if many is not None and self.all_single:
+            kept = rebuild if isinstance(rebuild, KeyFromValue) else None
+            many.attend_singles(q, out, self.native_spans, entries, scale=scale, softcap=softcap, sinks=sinks, rebuild=kept)
+            return out
         singles, spans = False, []
         for sequence, span in enumerate(self.spans):
             tables = self.caches[sequence].tables
@@ -121,8 +128,19 @@ class PagedStep(Step):
             many.kernel.attend(q, out, self.positions, spans, scale=scale, softcap=softcap, sinks=sinks, rebuild=kept)
         return out
 
+    def select(self, layer: int, q: Tensor, weights: Tensor, top_k: int, scale: float) -> Tensor | None:
+        owner = self.layout.owner[layer]
+        kernel = self._selection(owner, q) if self.all_single else None
+        if kernel is None or weights.dtype not in (torch.bfloat16, torch.float32):
+            return super().select(layer, q, weights, top_k, scale)
+        table, _, _ = self.cache.tables[owner, "index"]  # chosen also where all are seen: a step that is replayed does not ask
+        return kernel.select_singles(q, weights, self.native_spans, table, top_k, scale)
+
+    def _selection(self, owner: int, q: Tensor) -> RowSelection | None:
+        return self.cache.native_selection.of(owner, self.arena) if q.dtype == torch.bfloat16 else None
+
     def _select(self, owner: int, stream: Stream, q: Tensor, weights: Tensor, top_k: int) -> Tensor:
-        kernel = self.cache.native_selection.of(owner, self.caches[0].arena) if q.dtype == torch.bfloat16 else None
+        kernel = self._selection(owner, q)
         if kernel is None:
             return super()._select(owner, stream, q, weights, top_k)
         tables = [cache.tables[owner, stream.name] for cache in self.caches]
@@ -157,6 +175,13 @@ class PagedStep(Step):
             as_it_is = isinstance(codec, RawCodec) and codec.dtype == values.dtype and values.stride()[1:] == (stream.width, 1)
             rows = values if as_it_is else self.cache.encoded(layer, stream, values)
             self.native_spans.append(self.arena, *self.cache.tables[layer, stream.name], rows)
+
+    def _write_completed(self, layer: int, stream: Stream, values: Tensor) -> None:
+        if self._native:
+            rows = self.cache.encoded(layer, stream, values)
+            self.native_spans.append(self.arena, *self.cache.tables[layer, stream.name], rows, stream.tokens_per_row)
+        else:
+            super()._write_completed(layer, stream, values)
 
     def _write(self, layer: int, stream: Stream, sequence: int, first: int, values: Tensor) -> None:
         encoded = self.cache.encoded(layer, stream, values)
@@ -193,6 +218,11 @@ class PagedStep(Step):
         places = pages[rows // table.rows_per_page - table.first_page], rows % table.rows_per_page
         encoded = self.caches[sequence].arena.rows(self.cache.row_bytes[layer, stream.name])[places]  # [n, row_bytes]
         return self.cache.codecs[layer, stream.name].decode(encoded, stream.heads, stream.width)
+
+    def state_in_place(self, layer: int, name: str) -> StateInPlace | None:
+        if not (self._native and self.all_single) or self._is_tail:
+            return None
+        return StateInPlace(self.native_spans, self.arena, len(self.cache.tables), *self.cache.states[layer, name])
 
     def state(self, layer: int, name: str) -> Tensor:
         described, pages = state_named(self.layout.layers[layer], name), self.caches[0].arena.pages

@@ -20,6 +20,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from kvshare.kernels.step_states import StateInPlace
 from kvshare.layers.attention import attention
 from kvshare.layers.indexer import select_rows
 from kvshare.layout import CacheLayout, LayerCache, State, Stream
@@ -80,13 +81,16 @@ class Step(ABC):
     def append(self, layer: int, rows: Mapping[str, Tensor]) -> None:
         """Write this step's rows of an owner: for each of its streams [new rows of all sequences, heads, width].
 
-        A compressed stream gets a row for each block that these tokens complete (`new_rows`). Raises `RuntimeError` for a
-        layer that owns nothing, and behind the narrowing.
+        A compressed stream gets a row for each block that these tokens complete (`new_rows`), or a row for each token, of which those
+        are stored whose token completes a block. Raises `RuntimeError` for a layer that owns nothing, and behind the narrowing.
         """
         if self._is_tail or self.layout.owner[layer] != layer:
             raise RuntimeError(f"layer {layer} reads layer {self.layout.owner[layer]} and never writes")
         for stream in self.layout.layers[layer].streams:
             values = rows[stream.source]
+            if stream.tokens_per_row > 1 and values.shape[0] == len(self.positions):
+                self._write_completed(layer, stream, values)
+                continue
             count = len(self.positions) if stream.tokens_per_row == 1 else sum(b - a for a, b in self._all_new_rows(stream))
             if count != values.shape[0]:
                 raise RuntimeError(f"layer {layer} appended {values.shape[0]} rows of {stream.name!r}; this step has {count}")
@@ -119,17 +123,18 @@ class Step(ABC):
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     @torch.no_grad()  # a choice has no gradient
-    def select(self, layer: int, q: Tensor, weights: Tensor, top_k: int) -> Tensor | None:
+    def select(self, layer: int, q: Tensor, weights: Tensor, top_k: int, scale: float) -> Tensor | None:
         """The rows that an indexer lets each query attend to: int64 [tokens, top_k], ascending, -1 behind the last.
 
-        None if no query sees more than `top_k`. `q` [tokens, index heads, width], `weights` [tokens, index heads] (with 1 / sqrt(width) and
-        the heads' own scale in them). Keys are the owner's stream "index", where this step's are already appended.
+        May be None if no query sees more than `top_k`. `q` [tokens, index heads, width], `weights` [tokens, index heads], of which `scale`
+        times as much counts. Keys are the owner's stream "index", where this step's are already appended.
         """
         owner = self.layout.owner[layer]
         stream = self.layout.layers[owner].stream("index")
         if all((span.last + 1) // stream.tokens_per_row <= top_k for span in self.spans):
             return None
-        return self._select(owner, stream, q, weights, top_k)
+        precise = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        return self._select(owner, stream, q, precise * scale, top_k)
 
     def _select(self, owner: int, stream: Stream, q: Tensor, weights: Tensor, top_k: int) -> Tensor:
         visible = (self.positions + 1) // stream.tokens_per_row
@@ -152,6 +157,10 @@ class Step(ABC):
 
     def _all_new_rows(self, stream: Stream) -> list[tuple[int, int]]:
         return [self.new_rows(stream, sequence) for sequence in range(len(self.counts))]
+
+    def state_in_place(self, layer: int, name: str) -> StateInPlace | None:
+        """Where kernels change a fixed state of all sequences, in a step of one token each; None where only torch does."""
+        return None
 
     @abstractmethod
     def state(self, layer: int, name: str) -> Tensor:
@@ -192,6 +201,10 @@ class Step(ABC):
             if end > first:
                 self._write(layer, stream, sequence, first, values[start : start + end - first])
             start += end - first
+
+    def _write_completed(self, layer: int, stream: Stream, values: Tensor) -> None:  # [tokens, heads, width]
+        """Store the rows of those tokens that complete one."""
+        self._write_all(layer, stream, values[(self.positions + 1) % stream.tokens_per_row == 0])
 
     @abstractmethod
     def _write(self, layer: int, stream: Stream, sequence: int, first: int, values: Tensor) -> None:

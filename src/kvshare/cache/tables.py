@@ -71,16 +71,17 @@ class SequenceCache:
             for owner in layout.owners
             for stream in stored.layers[owner].streams
         }
-        self.state_pages: list[int] = []
+        self.state_pages = array("i")  # 32-bit, in one piece, as those of tables
         self._tokens_placed = 0  # so many tokens have their places, in pages that nobody else holds
         self._tokens_until_drop = 0  # with fewer tokens nothing falls out of a window
         self._page_runs: array[int] | None = None
 
     @property
     def page_runs(self) -> array[int]:
-        """`page_runs` of all tables; replaced when they change."""
+        """`page_runs` of all tables, and behind them the state pages as one more; replaced when they change."""
         if self._page_runs is None:
             self._page_runs = page_runs(self.tables.values())
+            self._page_runs.extend((self.state_pages.buffer_info()[0], 0, len(self.state_pages)))
         return self._page_runs
 
     def missing_pages(self, num_new_tokens: int) -> int:
@@ -103,7 +104,7 @@ class SequenceCache:
             self.arena.release((old,))
             table.pages[-1] = fresh
         if not self.state_pages and self.layout.state_bytes:
-            self.state_pages = [next(free) for _ in range(-(-self.layout.state_bytes // self.arena.page_bytes))]
+            self.state_pages = array("i", (next(free) for _ in range(-(-self.layout.state_bytes // self.arena.page_bytes))))
             for page in self.state_pages:
                 self.arena.pages[page].zero_()
         for table in self.tables.values():
@@ -128,7 +129,7 @@ class SequenceCache:
     def fork(self) -> SequenceCache:
         """A second sequence with the same past: pages are shared and copied before either writes to them; states are copied at once."""
         child = SequenceCache(self.layout, self.arena, self.precision)
-        child.state_pages = self.arena.allocate(len(self.state_pages))
+        child.state_pages = array("i", self.arena.allocate(len(self.state_pages)))
         for source, target in zip(self.state_pages, child.state_pages, strict=True):
             self.arena.copy_page(source, target)
         child.num_tokens = self.num_tokens
@@ -144,13 +145,13 @@ class SequenceCache:
             self.arena.release(table.pages)
             table.first_page, table.pages = 0, array("i")
         self.arena.release(self.state_pages)
-        self.state_pages = []
+        self.state_pages = array("i")
         self.num_tokens = self._tokens_placed = self._tokens_until_drop = 0
         self._page_runs = None
 
     @property
     def num_pages(self) -> int:
-        return len(self.state_pages) + sum(self.page_runs[2::3])
+        return sum(self.page_runs[2::3])
 
     def _shared_open_pages(self, end: int) -> list[PageTable]:
         """The tables whose last page is partly filled, will be written before `end`, and has another holder."""

@@ -11,8 +11,11 @@ from kvshare.cache.arena import Arena
 from kvshare.cache.codecs import Codec
 from kvshare.cache.native_attention import keys_and_values
 from kvshare.cache.tables import PageTable
-from kvshare.kernels.row_kind import WIDEST, kind_and_balance, row_kind
+from kvshare.kernels.native import module
+from kvshare.kernels.row_kind import WIDEST, RowKind, kind_and_balance, row_kind
+from kvshare.kernels.step_spans import StepSpans
 from kvshare.kernels.tile_attention import Rows, TileAttention, TileSpan
+from kvshare.layers.key_from_value import KeyFromValue
 from kvshare.layout import CacheLayout, LayerCache, Stream
 
 MANY_HEADS = 32
@@ -22,8 +25,9 @@ MANY_HEADS = 32
 class TiledRows:
     """The rows that one owner's queries attend to: one kind, or several in one softmax."""
 
-    def __init__(self, owner: int, kinds: list[tuple[Stream, Stream]], kernel: TileAttention):
-        self.owner, self.kinds, self.kernel = owner, kinds, kernel
+    def __init__(self, owner: int, kinds: list[tuple[Stream, Stream]], kernel: TileAttention, tables: list[tuple[int, int]]):
+        """`tables`: which of a sequence's tables hold the keys and the values of each kind."""
+        self.owner, self.kinds, self.kernel, self._tables = owner, kinds, kernel, tables
 
     def takes(self, count: int, query_heads: int, entries: Tensor | None) -> bool:
         """Whether the kernel is the way for `count` queries of one sequence, rather than the one for single queries."""
@@ -36,12 +40,29 @@ class TiledRows:
         rows = [Rows(tables[self.owner, k.name], tables[self.owner, v.name], chosen if k.top_k else None) for k, v in self.kinds]
         return TileSpan(start, count, rows)
 
+    def attend_singles(
+        self,
+        q: Tensor,  # bfloat16 [tokens, query_heads, key_width]
+        out: Tensor,  # bfloat16 [tokens, query_heads, value_width]: the rows of single queries are written
+        spans: StepSpans,
+        entries: Tensor | None,  # int64 [tokens, n] of each query, as `TileAttention.Rows` has them
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        rebuild: KeyFromValue | None,
+    ) -> None:
+        """Attention of those queries that are their sequence's only ones in `spans`. Raises `IndexError` where pages are missing."""
+        chosen = [entries if k.top_k else None for k, _ in self.kinds]
+        self.kernel.attend_singles(q, out, spans, self._tables, chosen, scale=scale, softcap=softcap, sinks=sinks, rebuild=rebuild)
+
 
 class TiledAttention:
     """Kernels by owner, bound to an arena when they are first asked for."""
 
     def __init__(self, layout: CacheLayout, codecs: Mapping[tuple[int, str], Codec]):
         self.layout, self.codecs = layout, codecs
+        self._tables = list(codecs)  # in the order of a sequence's tables
         self._bound: dict[int, tuple[Arena, TiledRows | None]] = {}
 
     def of(self, owner: int, arena: Arena) -> TiledRows | None:
@@ -67,7 +88,14 @@ class TiledAttention:
             return None  # weights and rotations of keys are those of the numbers before
         if len({(of_keys.rotated, of_values.rotated) for _, of_keys, _, of_values in bound}) > 1:
             return None
-        return TiledRows(owner, kinds, TileAttention(arena, bound, balance, rebuilds=rebuilds))
+        tables = [(self._tables.index((owner, k.name)), self._tables.index((owner, v.name))) for k, v in kinds]
+        most_rows = self._most_rebuilt(arena, *bound[0][2:]) if rebuilds else 0
+        return TiledRows(owner, kinds, TileAttention(arena, bound, balance, rebuilds=rebuilds, most_rows=most_rows), tables)
+
+    def _most_rebuilt(self, arena: Arena, values: Stream, kind: RowKind) -> int:
+        """Values that one sequence can have in each of the layers that rebuild keys: their pages are the arena's."""
+        owners = [owner for owner in self.layout.owners if is_rebuilt(self.layout.layers[owner])]
+        return arena.num_pages // len(owners) * (arena.page_bytes // (values.heads * module().head_bytes(kind.native, values.width)))
 
 
 def attended_kinds(layer: LayerCache) -> list[tuple[Stream, Stream]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvshare.cache.arena import Arena
 from kvshare.kernels.native import module
 from kvshare.kernels.row_kind import RowKind, stream_shape
+from kvshare.kernels.step_spans import StepSpans
 
 if TYPE_CHECKING:
     from kvshare.cache.tables import PageTable
@@ -59,4 +60,23 @@ class RowSelection:
         places = [(start, count, keys.pages.buffer_info()[0], keys.first_page) for start, count, keys in spans]
         addresses = q.data_ptr(), weights.data_ptr(), positions.data_ptr()
         self._native.select(*addresses, q.shape[1], places, top_k, chosen.data_ptr())
+        return chosen
+
+    def select_singles(
+        self,
+        q: Tensor,  # bfloat16 [sequences, index_heads, width]
+        weights: Tensor,  # bfloat16 or float32 [sequences, index_heads]
+        spans: StepSpans,  # of one token a sequence
+        table: int,  # of keys, as a sequence counts its tables
+        top_k: int,
+        scale: float,  # on weights
+    ) -> Tensor:  # int64 [sequences, top_k], ascending, -1 behind the last
+        """The same for the single queries of a step. Raises `IndexError` where pages are missing."""
+        assert q.dtype == torch.bfloat16
+        assert q.shape[2] == self.stream.width
+        assert weights.shape == q.shape[:2]
+        q, weights = q.contiguous(), weights.contiguous()
+        chosen = torch.empty(len(q), top_k, dtype=torch.int64)
+        given = weights.data_ptr(), weights.dtype == torch.bfloat16, scale, q.shape[1]
+        self._native.select_singles(*spans.where, q.data_ptr(), *given, table, top_k, chosen.data_ptr())
         return chosen

@@ -148,6 +148,46 @@ def _affine(x: Tensor, bias: Tensor | None, factor: float) -> Tensor:
     return x
 
 
+def channels(
+    x: Tensor,  # [rows, width], as are
+    *,
+    gelu: bool = False,  # with the error function
+    weight: Tensor | None = None,  # [width]
+    factor: float = 1.0,
+    plus: Tensor | None = None,
+) -> Tensor:  # [rows, width]
+    """gelu(x) * weight * factor + plus, each step rounded and those not asked for left out. All of one type."""
+    given = [each for each in (weight, plus) if each is not None]
+    if any(each.dtype != x.dtype or not each.is_contiguous() for each in given):
+        raise ValueError(f"{x.dtype} {list(x.shape)} with {[(each.dtype, list(each.shape), each.stride()) for each in given]}")
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    weight_at, plus_at = (0 if each is None else each.data_ptr() for each in (weight, plus))
+    places = x.data_ptr(), gelu, weight_at, factor, plus_at, out.data_ptr()
+    module().channels(*places, x.dtype == torch.bfloat16, x.numel() // x.shape[-1], x.shape[-1])
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:  # [rows, width], [width] each, of one type
+    """(x - mean) / deviation * weight + bias."""
+    if x.dim() != 2 or not weight.dtype == bias.dtype == x.dtype:
+        raise ValueError(f"a layer norm in {weight.dtype} and {bias.dtype} of {x.dtype} {list(x.shape)}")
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    weights = weight.data_ptr(), bias.data_ptr(), eps
+    module().layer_norm((x.data_ptr(), x.stride(0)), *weights, out.data_ptr(), x.dtype == torch.bfloat16, *x.shape)
+    return out
+
+
+def join(first: Tensor, second: Tensor) -> Tensor:  # [tokens, heads, a], [tokens, heads, b]
+    """The numbers of both, side by side: [tokens, heads, a + b]."""
+    if first.shape[:2] != second.shape[:2] or first.dtype != second.dtype:
+        raise ValueError(f"{first.dtype} {list(first.shape)} and {second.dtype} {list(second.shape)} cannot stand side by side")
+    out = first.new_empty(*first.shape[:2], first.shape[2] + second.shape[2])
+    parts = [(x.data_ptr(), *x.stride()[:2], x.shape[2]) for x in (first, second)]
+    module().join(*parts, out.data_ptr(), first.element_size(), *first.shape[:2])
+    return out
+
+
 def cap_(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap), in place: float32 in one piece. Differs from torch by at most 2^-21 cap."""
     module().cap(x.data_ptr(), x.numel(), cap)

@@ -32,10 +32,19 @@ class StepSpans:
         self.where = self._numbers.buffer_info()[0], len(self._page_runs)
         """What native calls take: an address and how many spans lie there."""
 
-    def append(self, arena: Arena, table: int, rows_per_page: int, row_bytes: int, rows: Tensor) -> None:  # [tokens, ...]
+    def append(
+        self,
+        arena: Arena,
+        table: int,
+        rows_per_page: int,
+        row_bytes: int,
+        rows: Tensor,  # [tokens, ...]
+        tokens_per_row: int = 1,
+    ) -> None:
         """Write the rows of all tokens to the sequences' `table`-th tables; each row in one piece, of `row_bytes` in all.
 
+        Of `tokens_per_row` tokens only the last one's row is written.
         Its twin in plain torch is `PagedStep`'s own loop. Raises `IndexError` where pages were not reserved.
         """
         places = arena.pages.data_ptr(), arena.page_bytes, table, row_bytes, rows_per_page
-        module().append_rows(*self.where, *places, rows.data_ptr(), rows.stride(0) * rows.element_size())
+        module().append_rows(*self.where, *places, rows.data_ptr(), rows.stride(0) * rows.element_size(), tokens_per_row)

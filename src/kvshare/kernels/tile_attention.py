@@ -11,6 +11,7 @@ from torch import Tensor
 from kvshare.cache.arena import Arena
 from kvshare.kernels.native import module
 from kvshare.kernels.row_kind import RowKind, stream_shape
+from kvshare.kernels.step_spans import StepSpans
 
 if TYPE_CHECKING:
     from kvshare.cache.tables import PageTable
@@ -54,20 +55,23 @@ class TileAttention:
         balance: Tensor | None = None,  # [kv_heads, key_width], powers of two
         *,
         rebuilds: bool = False,
+        most_rows: int = 0,
     ):
         """`kinds`: keys and how they are encoded, values and how they are. Heads, widths (even) and rotation are the same in all.
 
         `balance` is what keys were divided by before they were encoded: queries are multiplied by it. With `rebuilds` keys follow from the
-        values, a tile at a time; their stream is that of the values, or holds the part of them that a rotation moved.
+        values, a tile at a time; their stream is that of the values, or holds the part of them that a rotation moved. `most_rows` is then
+        how many rows a sequence can have in this arena.
         """
         self.arena, self.balance = arena, balance
         k, _, v, _ = kinds[0]
-        self.rebuilds = rebuilds
+        self.rebuilds, self._most_rows = rebuilds, most_rows
         self.kv_heads, self.key_width, self.value_width = k.heads, v.width if rebuilds else k.width, v.width
         streams = []
         for k, kind_of_keys, v, kind_of_values in kinds:
             shapes = stream_shape(arena, k.heads, k.width, kind_of_keys), stream_shape(arena, v.heads, v.width, kind_of_values)
             streams.append((*shapes, k is v, k.tokens_per_row, k.window or 0, k.behind))
+        self._turns = rebuilds and kinds[0][0] is kinds[0][2]  # whether keys are rotated here
         self._native = module().TileAttention(arena.pages.data_ptr(), arena.page_bytes, streams, self.kv_heads, rebuilds)
 
     def attend(
@@ -82,31 +86,64 @@ class TileAttention:
         sinks: Tensor | None = None,  # [query_heads]
         rebuild: KeyFromValue | None = None,  # where the kernel `rebuilds`
     ) -> None:
-        heads = q.shape[1]
-        assert q.dtype == out.dtype == torch.bfloat16
         assert positions.dtype == torch.int64
-        assert heads % self.kv_heads == 0
-        assert q.shape[2] == self.key_width
-        assert out.shape[2] == self.value_width
-        assert out.is_contiguous()
         assert positions.is_contiguous()
-        if self.balance is not None:
-            q = (q.unflatten(1, (self.kv_heads, -1)) * self.balance[:, None]).flatten(1, 2)
-        q = q.contiguous()
-        sinks = None if sinks is None else sinks.float().contiguous()
+        q, sinks = self._prepared(q, out), None if sinks is None else sinks.float().contiguous()
         assert all(each.chosen is None or each.chosen.is_contiguous() for span in spans for each in span.rows)
         places = [(start, count, [_addresses(*each) for each in rows]) for start, count, rows in spans]
         self._native.attend(
             q.data_ptr(),
             out.data_ptr(),
             positions.data_ptr(),
-            heads,
+            q.shape[1],
             places,
             scale,
             softcap or 0.0,
             0 if sinks is None else sinks.data_ptr(),
             self._rebuild(rebuild, spans),
         )
+
+    def attend_singles(
+        self,
+        q: Tensor,  # bfloat16 [tokens, query_heads, key_width]
+        out: Tensor,  # bfloat16 [tokens, query_heads, value_width]: the rows of single queries are written
+        spans: StepSpans,
+        tables: Sequence[tuple[int, int]],  # of keys and of values, as a sequence counts its tables, for each kind
+        chosen: Sequence[Tensor | None],  # as in `Rows`, of all tokens, for each kind
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,  # [query_heads]
+        rebuild: KeyFromValue | None = None,
+    ) -> None:
+        """The same for those queries that are their sequence's only ones in `spans`. Raises `IndexError` where pages are missing."""
+        q, sinks = self._prepared(q, out), None if sinks is None else sinks.float().contiguous()
+        assert all(each is None or each.is_contiguous() for each in chosen)
+        rows = [(0, -1) if each is None else (each.data_ptr(), each.shape[1]) for each in chosen]
+        kinds = [(*both, *each) for both, each in zip(tables, rows, strict=True)]
+        limits = scale, softcap or 0.0, 0 if sinks is None else sinks.data_ptr()
+        self._native.attend_singles(*spans.where, q.data_ptr(), out.data_ptr(), q.shape[1], kinds, *limits, self._rebuild_all(rebuild))
+
+    def _prepared(self, q: Tensor, out: Tensor) -> Tensor:
+        """Queries as the kernel takes them."""
+        assert q.dtype == out.dtype == torch.bfloat16
+        assert q.shape[1] % self.kv_heads == 0
+        assert q.shape[2] == self.key_width
+        assert out.shape[2] == self.value_width
+        assert out.is_contiguous()
+        if self.balance is not None:
+            q = (q.unflatten(1, (self.kv_heads, -1)) * self.balance[:, None]).flatten(1, 2)
+        return q.contiguous()
+
+    def _rebuild_all(self, rebuild: KeyFromValue | None) -> tuple[int, int, int, int]:
+        """What `_rebuild` gives, for all rows that a sequence may have."""
+        if rebuild is None:
+            return self._rebuild(None, ())
+        weight, moving = rebuild.weight, rebuild.rotations.moving
+        if not self._turns:
+            return weight.data_ptr(), 0, 0, moving
+        cos, sin = rebuild.rotations.table(self._most_rows)
+        return weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), moving
 
     def _rebuild(self, rebuild: KeyFromValue | None, spans: Sequence[TileSpan]) -> tuple[int, int, int, int]:
         """Addresses of the norm's weight, and of cosines and sines for every row where the kernel is to rotate; and how many pairs."""

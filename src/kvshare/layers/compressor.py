@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.cache.step import Step
+from kvshare.kernels import recurrent
 from kvshare.layers.norm import RMSNorm
 from kvshare.layers.rotary import Frequencies, Rotation
 
@@ -62,6 +63,17 @@ class Blocks:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class OpenBlocks:
+    """What kernels need to know in a step of one token a sequence, whatever blocks these complete."""
+
+    rotation: Rotation  # at the first position of each token's block
+
+    @staticmethod
+    def of(step: Step, ratio: int, frequencies: Frequencies) -> OpenBlocks:
+        return OpenBlocks(frequencies.at(step.positions // ratio * ratio, torch.float32))
+
+
 class Compressor(nn.Module):
     """Pools the projections of tokens into entries of `width` numbers. `states` names what it keeps: `{states}_kv` and `{states}_gate`."""
 
@@ -72,8 +84,19 @@ class Compressor(nn.Module):
         self.ape = nn.Parameter(torch.empty(ratio, self.projected))  # [ratio, projected]
         self.norm = RMSNorm(width, eps)
 
-    def forward(self, kv: Tensor, gate: Tensor, blocks: Blocks, step: Step) -> Tensor:  # 2 x [tokens, projected] -> [entries, 1, width]
-        """The entries that the step completes, of all sequences, rotated. Reads and replaces the cached states; call once a step."""
+    def forward(
+        self,
+        kv: Tensor,  # [tokens, projected]
+        gate: Tensor,
+        blocks: Blocks | OpenBlocks,
+        step: Step,
+    ) -> Tensor:  # [entries, 1, width]
+        """The entries that the step completes, of all sequences, rotated; with `OpenBlocks` one for each token.
+
+        Those of tokens that complete none are zeros. Reads and replaces the cached states; call once a step.
+        """
+        if isinstance(blocks, OpenBlocks):
+            return self._stepped(kv, gate, blocks, step)
         old_kv, old_gate = step.state(self.layer, f"{self.states}_kv"), step.state(self.layer, f"{self.states}_gate")
         precise = torch.promote_types(kv.dtype, torch.float32)
         nothing = kv.new_zeros(1, self.projected, dtype=precise)
@@ -85,6 +108,13 @@ class Compressor(nn.Module):
             return kv.new_empty(0, 1, self.width)
         pooled = (self._pooled(z, blocks).softmax(dim=1) * self._pooled(c, blocks)).sum(dim=1)  # [entries, width]
         return blocks.rotation.interleaved(self.norm(pooled.to(kv.dtype))[:, None])
+
+    def _stepped(self, kv: Tensor, gate: Tensor, blocks: OpenBlocks, step: Step) -> Tensor:
+        states = step.state_in_place(self.layer, f"{self.states}_kv"), step.state_in_place(self.layer, f"{self.states}_gate")
+        if states[0] is None or states[1] is None:
+            raise RuntimeError("open blocks are changed in place only in steps of one token a sequence")
+        cos, sin = blocks.rotation
+        return recurrent.compressed(kv, gate, (states[0], states[1]), self.ape, self.norm.spelled(), cos, sin, overlap=self.overlap)
 
     def _pooled(self, rows: Tensor, blocks: Blocks) -> Tensor:  # [rows, projected] -> [entries, slots, width]
         if not self.overlap:

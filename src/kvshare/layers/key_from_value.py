@@ -26,7 +26,7 @@ class KeyRotations:
         self.moving = int(frequencies.inverse.count_nonzero())  # pairs that the rotation moves at all; they come first
         self._frequencies = Frequencies(frequencies.inverse[: self.moving], frequencies.factor)
         self._last: tuple[tuple[object, ...], Rotation] | None = None
-        self._table: tuple[Tensor, Tensor] | None = None
+        self._tables: list[tuple[Tensor, Tensor]] = []  # each longer than the one before; what runs again may hold an earlier one's address
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Rotation:  # ascending positions [rows]
         key = (int(positions[0]), len(positions), dtype)
@@ -36,13 +36,13 @@ class KeyRotations:
 
     def table(self, count: int) -> tuple[Tensor, Tensor]:  # -> 2 x bfloat16 [at least `count` positions, moving]
         """Cosines and sines of all positions from 0 on, for kernels. Shared by all layers; grows."""
-        if self._table is None or len(self._table[0]) < count:
+        if not self._tables or len(self._tables[-1][0]) < count:
             size = _FIRST_TABLE
             while size < count:
                 size *= 2
             rotation = self._frequencies.at(torch.arange(size), torch.bfloat16)
-            self._table = rotation.cos[:, 0].contiguous(), rotation.sin[:, 0].contiguous()
-        return self._table
+            self._tables.append((rotation.cos[:, 0].contiguous(), rotation.sin[:, 0].contiguous()))
+        return self._tables[-1]
 
 
 class KeyFromValue(NamedTuple):

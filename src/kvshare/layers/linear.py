@@ -40,3 +40,11 @@ class Linear(nn.Module):
 
 class RouterLinear(Linear):
     """A linear layer by whose outputs a router chooses. Its weight is small and decides, so it is never kept in quantized blocks."""
+
+    def precise(self, x: Tensor) -> Tensor:  # [tokens, in_features] -> at least float32 [tokens, out_features]
+        """The product, without a bias, as it is before it is rounded to x's type."""
+        native = self._few_rows.of(self.weight, x)
+        if native is not None:
+            return native.matmul(x, dtype=torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(dtype), self.weight.to(dtype))

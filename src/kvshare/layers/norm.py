@@ -30,6 +30,15 @@ class RMSNorm(nn.Module):
         return small_ops.norm_of(self.weight, self.offset, self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """With weight and bias (Ba et al. 2016)."""
+
+    def forward(self, input: Tensor) -> Tensor:  # [tokens, width]
+        if small_ops.takes(input) and self.weight.dtype == input.dtype:
+            return small_ops.layer_norm(input, self.weight, self.bias, self.eps)
+        return super().forward(input)
+
+
 def add_normed(
     x: Tensor, y: Tensor, norm: RMSNorm, scale: Tensor | None = None, factor: float = 1.0
 ) -> Tensor:  # [tokens, width] each, scale [1]
@@ -57,3 +66,17 @@ def add_then_norm(
 
 def _times(x: Tensor, factor: Tensor | float) -> Tensor:
     return x * factor if isinstance(factor, Tensor) or factor != 1.0 else x
+
+
+def scaled(x: Tensor, weight: Tensor, factor: float) -> Tensor:  # [tokens, width], [width]
+    """x * weight * factor."""
+    if small_ops.takes(x) and weight.dtype == x.dtype:
+        return small_ops.channels(x, weight=weight, factor=factor)
+    return x * weight * factor
+
+
+def add_scaled(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:  # [tokens, width] each, weight [width]
+    """x + y * weight."""
+    if small_ops.takes(y) and x.dtype == y.dtype == weight.dtype:
+        return small_ops.channels(y, weight=weight, plus=x.contiguous())
+    return x + y * weight

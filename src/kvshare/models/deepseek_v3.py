@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kvshare.cache.step import Step
 from kvshare.checkpoints.source import Source
 from kvshare.errors import ConfigError
+from kvshare.kernels import routing
 from kvshare.layers.activations import swiglu
 from kvshare.layers.experts import Experts, expert_sources
 from kvshare.layers.gated_mlp import GatedMlp
+from kvshare.layers.latent_expansion import LatentExpansion, joined
 from kvshare.layers.linear import Linear, RouterLinear
-from kvshare.layers.norm import RMSNorm, add_then_norm
+from kvshare.layers.norm import LayerNorm, RMSNorm, add, add_then_norm
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies, yarn_magnitude
 from kvshare.layout import CacheLayout
 from kvshare.layout.config import Fields
@@ -124,13 +125,13 @@ class Attention(nn.Module):
         self.query_down = Linear(config.hidden_size, config.q_rank) if config.q_rank else None
         self.query_norm = RMSNorm(config.q_rank, _LATENT_EPS) if config.q_rank else None
         self.query_up = Linear(config.q_rank or config.hidden_size, heads * query_width)
-        self.expand = nn.Parameter(torch.empty(heads, config.plain_width + config.value_width, config.kv_rank))  # K_h above V_h
+        self.expand = LatentExpansion(heads, config.plain_width, config.value_width, config.kv_rank)
         self.output = Linear(heads * config.value_width, config.hidden_size)
         self.indexer = Indexer(config, index) if config.index_heads else None
 
     def append(self, x: Tensor, rotation: Rotation, step: Step) -> None:  # [tokens, hidden]
         latent, key, index_key = self.cached(x).split(self.cached_sizes, dim=-1)
-        rows = {"latent": torch.cat([self.latent_norm(latent)[:, None], rotation.interleaved(key[:, None])], dim=-1)}
+        rows = {"latent": joined(self.latent_norm(latent)[:, None], rotation.interleaved(key[:, None]))}
         if self.indexer is not None:
             rows["index"] = rotation.half_split(self.indexer.key_norm(index_key)[:, None])
         step.append(self.index, rows)
@@ -140,12 +141,10 @@ class Attention(nn.Module):
         residual = self.query_norm(self.query_down(x)) if self.query_down is not None and self.query_norm is not None else x
         q = rotation.interleaved(self.query_up(residual).unflatten(-1, (config.num_heads, -1)))  # [tokens, heads, plain + rotated]
         plain, rotated = q.split([config.plain_width, config.rotated_width], dim=-1)
-        keys, values = self.expand.split([config.plain_width, config.value_width], dim=1)
-        absorbed = torch.bmm(plain.transpose(0, 1), keys).transpose(0, 1)  # K_h^T q_h: [tokens, heads, kv_rank]
+        absorbed = self.expand.absorbed(plain)  # K_h^T q_h: [tokens, heads, kv_rank]
         entries = self.indexer(x, residual, rotation, step) if self.indexer is not None else None
-        out = step.attend(self.index, torch.cat([absorbed, rotated], dim=-1), scale=config.softmax_scale, entries=entries)
-        summed = out[..., : config.kv_rank].transpose(0, 1)  # [heads, tokens, kv_rank]; the rotated key carries no value
-        return self.output(torch.bmm(summed, values.transpose(1, 2)).transpose(0, 1).flatten(1))
+        out = step.attend(self.index, joined(absorbed, rotated), scale=config.softmax_scale, entries=entries)
+        return self.output(self.expand.values(out[..., : config.kv_rank]).flatten(1))  # the rotated key carries no value
 
 
 class Indexer(nn.Module):
@@ -156,12 +155,11 @@ class Indexer(nn.Module):
         self.index, self.heads, self.width, self.top_k = index, config.index_heads, config.index_width, config.index_top_k
         self.query = Linear(config.q_rank or 0, self.heads * self.width)
         self.weights = Linear(config.hidden_size, self.heads)
-        self.key_norm = nn.LayerNorm(self.width, eps=_LATENT_EPS)
+        self.key_norm = LayerNorm(self.width, eps=_LATENT_EPS)
 
     def forward(self, x: Tensor, residual: Tensor, rotation: Rotation, step: Step) -> Tensor | None:  # [tokens, hidden], [tokens, q_rank]
         q = rotation.half_split(self.query(residual).unflatten(-1, (self.heads, self.width)))
-        weights = self.weights(x).to(torch.promote_types(x.dtype, torch.float32)) * (self.heads * self.width) ** -0.5
-        return step.select(self.index, q, weights, self.top_k)
+        return step.select(self.index, q, self.weights(x), self.top_k, (self.heads * self.width) ** -0.5)
 
 
 class Router(nn.Module):
@@ -177,8 +175,13 @@ class Router(nn.Module):
         self.correction = nn.Parameter(torch.empty(config.num_experts))  # [experts]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [tokens, hidden] -> chosen experts and their weights [tokens, experts a token]
-        config, precise = self.config, torch.promote_types(x.dtype, torch.float32)
-        scores = F.linear(x.to(precise), self.scores.weight.to(precise)).sigmoid()  # [tokens, experts]
+        config = self.config
+        logits = self.scores.precise(x)  # [tokens, experts]
+        if routing.takes(logits):
+            tiny, groups = 1e-20 if config.normalised else None, (config.num_groups, config.groups_per_token)
+            choice = {"bias": self.correction, "groups": groups, "tiny": tiny, "scale": config.routed_scale}
+            return routing.route(logits, config.experts_per_token, "sigmoid", torch.float32, **choice)
+        scores = logits.sigmoid()
         by_group = (scores + self.correction).unflatten(1, (config.num_groups, -1))  # [tokens, groups, experts of a group]
         best = by_group.topk(min(2, by_group.shape[2]), dim=-1).values.sum(-1).topk(config.groups_per_token, dim=-1).indices
         outside = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter_(1, best, False)  # [tokens, groups]
@@ -218,7 +221,7 @@ class Block(nn.Module):
             if not len(x):
                 return x, rotation, step
         x, normed = add_then_norm(x, self.attention(normed, rotation, step), self.mlp_norm)
-        return x + self.mlp(normed), rotation, step
+        return add(x, self.mlp(normed)), rotation, step
 
 
 class DeepseekV3(Decoder):
@@ -247,7 +250,7 @@ class DeepseekV3(Decoder):
             layer = f"model.layers.{index}"
             if part.startswith("mlp.experts."):
                 source = expert_sources(f"{layer}.mlp.experts", self.config.num_experts)[part.rpartition(".")[2]]
-            elif part == "attention.expand":
+            elif part == "attention.expand.weight":
                 source = Source((f"{layer}.self_attn.kv_b_proj.weight",), stack=self.config.num_heads)
             elif part == "mlp.router.correction":
                 source = Source((f"{layer}.mlp.gate.e_score_correction_bias",))

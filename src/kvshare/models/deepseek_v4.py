@@ -26,12 +26,13 @@ from kvshare.cache.codecs.deepseek import BlockFloatCodec, hadamard
 from kvshare.cache.step import Step
 from kvshare.checkpoints.source import Source
 from kvshare.errors import ConfigError
-from kvshare.kernels import routing
+from kvshare.kernels import routing, small_ops
 from kvshare.layers.activations import GatedActivation
-from kvshare.layers.compressor import Blocks, Compressor
+from kvshare.layers.compressor import Blocks, Compressor, OpenBlocks
 from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts
 from kvshare.layers.gated_mlp import GatedMlp
+from kvshare.layers.grouped_linear import GroupedLinear
 from kvshare.layers.hyper_connections import HyperConnection, HyperHead
 from kvshare.layers.linear import Linear, RouterLinear
 from kvshare.layers.norm import RMSNorm
@@ -124,10 +125,12 @@ class TokenFacts:
 
     ids: Tensor  # [tokens], for the layers that route by hash
     rotations: Mapping[str, Rotation]  # "main", "compress"
-    blocks: Mapping[int, Blocks]  # by ratio
+    backward: Mapping[str, Rotation]  # the rotations back
+    blocks: Mapping[int, Blocks | OpenBlocks]  # by ratio
 
     def at_rows(self, rows: Tensor) -> TokenFacts:
-        return TokenFacts(self.ids[rows], {name: each.at_rows(rows) for name, each in self.rotations.items()}, self.blocks)
+        turns, back = ({name: each.at_rows(rows) for name, each in both.items()} for both in (self.rotations, self.backward))
+        return TokenFacts(self.ids[rows], turns, back, self.blocks)
 
 
 class Attention(nn.Module):
@@ -159,7 +162,7 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(self.num_heads))  # [heads], logits
         self.output_groups = config.output_groups
         group_width = self.num_heads * self.head_dim // self.output_groups
-        self.output_down = nn.Parameter(torch.empty(self.output_groups, config.output_rank, group_width))  # [groups, output_rank, ...]
+        self.output_down = GroupedLinear(self.output_groups, group_width, config.output_rank)
         self.output_up = Linear(self.output_groups * config.output_rank, config.hidden_size)
 
     def append(self, x: Tensor, facts: TokenFacts, step: Step) -> None:  # [tokens, hidden]
@@ -178,18 +181,17 @@ class Attention(nn.Module):
         q = self.head_norm(self.query_up(residual).unflatten(-1, (self.num_heads, self.head_dim)))
         entries = self._selected(x, residual, rotation, step)
         out = step.attend(self.index, rotation.interleaved(q), scale=self.head_dim**-0.5, sinks=self.sinks, entries=entries)
-        heads = rotation.inverse().interleaved(out).flatten(1)  # [tokens, heads * head_dim]
-        grouped = heads.unflatten(1, (self.output_groups, -1)).transpose(0, 1)  # [groups, tokens, heads of a group * head_dim]
-        low = torch.bmm(grouped, self.output_down.transpose(1, 2))  # [groups, tokens, output_rank]
-        return self.output_up(low.transpose(0, 1).flatten(1))
+        heads = facts.backward[self.rope].interleaved(out).flatten(1)  # [tokens, heads * head_dim]
+        low = self.output_down(heads.unflatten(1, (self.output_groups, -1)))  # [tokens, groups, output_rank]
+        return self.output_up(low.flatten(1))
 
     def _selected(self, x: Tensor, residual: Tensor, rotation: Rotation, step: Step) -> Tensor | None:
         """CSA: the entries that the indexer selects for each query; None where all are attended to."""
         if self.index_query is None or self.index_weights is None:
             return None
         q = rotation.interleaved(self.index_query(residual).unflatten(-1, (self.index_heads, self.index_width)))
-        weights = self.index_weights(x).float() * (self.index_heads * self.index_width) ** -0.5
-        return step.select(self.index, self._rounded("index", self._index_space(q)), weights, self.top_k)
+        scale = (self.index_heads * self.index_width) ** -0.5
+        return step.select(self.index, self._rounded("index", self._index_space(q)), self.index_weights(x), self.top_k, scale)
 
     def _index_space(self, x: Tensor) -> Tensor:  # [..., heads, index_width]
         """Indexer queries and keys as they are compared: before 4 bits spread over all dimensions, which keeps inner products."""
@@ -279,21 +281,30 @@ class DeepseekV4(Model):
         self.overlaps = {  # by ratio of the compressed layers: CSA's entries overlap
             stream.tokens_per_row: layer.kind == "csa" for layer in layout.layers for stream in layer.streams if stream.name == "entry"
         }
+        self.open_states = {  # by ratio: one of the states that compressors keep
+            stream.tokens_per_row: (index, layer.states[0].name)
+            for index, layer in enumerate(layout.layers)
+            for stream in layer.streams
+            if stream.name == "entry"
+        }
         self.keep_float32 = frozenset(name for name in self.state_dict() if _FLOAT32.intersection(name.split(".")))
 
     def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
-        rope = self.config.rope
-        facts = TokenFacts(
-            tokens,
-            {name: each.at(step.positions, torch.float32) for name, each in rope.items()},
-            {ratio: Blocks.of(step, ratio, overlap, rope["compress"]) for ratio, overlap in self.overlaps.items()},
-        )
-        x = self.embedding(tokens)[:, None].repeat(1, self.config.streams, 1)  # [tokens, streams, hidden]
+        rope, x = self.config.rope, self.embedding(tokens)
+        rotations = {name: each.at(step.positions, torch.float32) for name, each in rope.items()}
+        backward = {name: each.inverse() for name, each in rotations.items()}
+        facts = TokenFacts(tokens, rotations, backward, {ratio: self._blocks(step, ratio, x) for ratio in self.overlaps})
+        x = x[:, None].repeat(1, self.config.streams, 1)  # [tokens, streams, hidden]
         for block in self.blocks:
             x, facts, step = block(x, facts, step)
             if not len(x):  # a chunk inside a prompt: nobody asked for its logits
                 break
         return self.stream_head(x, self.norm)
+
+    def _blocks(self, step: Step, ratio: int, x: Tensor) -> Blocks | OpenBlocks:
+        in_place = small_ops.takes(x) and step.state_in_place(*self.open_states[ratio]) is not None
+        rope = self.config.rope["compress"]
+        return OpenBlocks.of(step, ratio, rope) if in_place else Blocks.of(step, ratio, self.overlaps[ratio], rope)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
         return self.head(hidden)
@@ -303,7 +314,7 @@ class DeepseekV4(Model):
         for name, parameter in self.state_dict(keep_vars=True).items():
             released = self._released_names(name)
             saved = tuple(map(_saved_name, released))
-            is_stack = name.endswith(".output_down") or ".experts." in name  # matrices that lie one by one, or one below the other
+            is_stack = name.endswith(".output_down.weight") or ".experts." in name  # matrices that lie one by one, or one below the other
             stack = len(parameter) if is_stack else None
             sources[name] = Source(released, otherwise=Source(saved, stack=stack), stack=stack)
         return sources
@@ -369,7 +380,7 @@ _BLOCK_NAMES = {  # prefixes of our names -> prefixes of the released ones
     "attention.index_query": "attn.indexer.wq_b",
     "attention.index_weights": "attn.indexer.weights_proj",
     "attention.sinks": "attn.attn_sink",
-    "attention.output_down": "attn.wo_a.weight",
+    "attention.output_down": "attn.wo_a",
     "attention.output_up": "attn.wo_b",
     "moe_mixing.": "hc_ffn_",
     "moe_norm": "ffn_norm",

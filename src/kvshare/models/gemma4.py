@@ -23,7 +23,7 @@ from kvshare.layers.experts import Experts
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.key_from_value import KeyRotations
 from kvshare.layers.linear import Linear, RouterLinear
-from kvshare.layers.norm import RMSNorm, add_normed, add_then_norm
+from kvshare.layers.norm import RMSNorm, add_normed, add_then_norm, scaled
 from kvshare.layers.per_layer_embedding import PerLayerEmbedding
 from kvshare.layout import CacheLayout, Stream
 from kvshare.layout.config import Fields
@@ -81,7 +81,7 @@ class Router(nn.Module):
         self.expert_scale = nn.Parameter(torch.empty(config.num_experts))  # [experts]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [tokens, hidden] -> chosen, weights [tokens, k]
-        scores = self.scores(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
+        scores = self.scores(scaled(self.norm(x), self.scale, x.shape[-1] ** -0.5))
         if routing.takes(scores):
             return routing.route(scores, self.experts_per_token, "softmax", torch.float32, expert_scale=self.expert_scale)
         weights, chosen = scores.softmax(dim=-1, dtype=torch.float32).topk(self.experts_per_token, dim=-1)

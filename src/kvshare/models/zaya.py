@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kvshare.cache.step import Step
 from kvshare.checkpoints.source import Source
-from kvshare.kernels import routing
-from kvshare.layers.activations import swiglu
+from kvshare.kernels import recurrent, routing, small_ops
+from kvshare.layers.activations import gelu, swiglu
 from kvshare.layers.causal_conv import CausalWindows, TwoStageConv
 from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts
 from kvshare.layers.linear import Linear, RouterLinear
-from kvshare.layers.norm import RMSNorm
+from kvshare.layers.norm import RMSNorm, add_scaled
 from kvshare.layers.rotary import Rotation, frequencies
 from kvshare.layout import CacheLayout
 from kvshare.models.model import Model
@@ -48,18 +47,40 @@ class Attention(nn.Module):
         self.temperature = nn.Parameter(torch.empty(config.num_kv_heads))
         self.output = Linear(config.num_heads * config.head_dim, config.hidden_size, config.bias)
 
-    def append(self, x: Tensor, rotation: Rotation, windows: Windows, step: Step) -> Tensor:  # [tokens, hidden]
+    def append(self, x: Tensor, rotation: Rotation, windows: Windows | InPlace, step: Step) -> Tensor:  # [tokens, hidden]
         """Keys and values go into the cache, the convolution's tail and the delayed value into its states.
 
         Returns the rotated queries [tokens, heads, head_dim]: they come out of the same convolution.
         """
-        packed, current, delayed = self.project(x).split(self.sizes, dim=-1)
-        qk = self._unit(self._convolved(packed, windows.conv, step) + self._means(packed))
-        k = qk[:, self.num_heads :] * self.temperature[:, None]
-        q, k = rotation.half_split(torch.cat([qk[:, : self.num_heads], k], dim=1)).split((self.num_heads, self.num_kv_heads), dim=1)
-        v = torch.cat([current, self._shifted(delayed, windows.value, step)], dim=-1)
+        projected = self.project(x)
+        if isinstance(windows, InPlace):
+            qk, v = self._stepped(projected, step)
+        else:
+            qk, v = self._mixed(projected, windows, step)
+        q, k = (rotation.half_split(each) for each in qk.split((self.num_heads, self.num_kv_heads), dim=1))
         step.append(self.index, {"k": k, "v": v.unflatten(-1, (self.num_kv_heads, self.head_dim))})
         return q
+
+    def _stepped(self, projected: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """What `_mixed` gives, in one native call."""
+        conv, delayed = step.state_in_place(self.index, "conv"), step.state_in_place(self.index, "delayed_value")
+        if conv is None or delayed is None:
+            raise RuntimeError("convolutions are stepped in place only in steps of one token a sequence")
+        first = None if self.project.bias is None else self.project.bias[-self.sizes[2] :]
+        return recurrent.convolved(projected, self.native_weights(), conv, delayed, first)
+
+    def native_weights(self) -> recurrent.ConvolvedHeads:
+        conv = self.conv
+        weights = conv.depthwise, conv.depthwise_bias, conv.grouped, conv.grouped_bias
+        return recurrent.ConvolvedHeads(self.num_heads, self.num_kv_heads, self.head_dim, *weights, self.temperature)
+
+    def _mixed(self, projected: Tensor, windows: Windows, step: Step) -> tuple[Tensor, Tensor]:
+        """Queries above keys [tokens, packed heads, d], not rotated yet, and values [tokens, kv_heads * d]."""
+        packed, current, delayed = projected.split(self.sizes, dim=-1)
+        qk = self._unit(self._convolved(packed, windows.conv, step) + self._means(packed))
+        k = qk[:, self.num_heads :] * self.temperature[:, None]
+        values = torch.cat([current, self._shifted(delayed, windows.value, step)], dim=-1)
+        return torch.cat([qk[:, : self.num_heads], k], dim=1), values
 
     def forward(self, q: Tensor, step: Step) -> Tensor:  # [tokens, heads, head_dim] -> [tokens, hidden]
         return self.output(step.attend(self.index, q, scale=self.head_dim**-0.5).flatten(1))
@@ -101,6 +122,10 @@ class Windows:
     value: CausalWindows  # one token back
 
 
+class InPlace:
+    """Stands for windows where kernels find predecessors by position: in steps of one token a sequence."""
+
+
 class Router(nn.Module):
     """Chooses one expert, or none, from a narrow state that is carried from layer to layer of the same token.
 
@@ -122,8 +147,8 @@ class Router(nn.Module):
         """Chosen class and its weight [tokens, 1], and the state [tokens, router_width] for the router above."""
         state = self.down(x)
         if self.depth_scale is not None and below is not None:
-            state = state + below * self.depth_scale
-        logits = self.scores(F.gelu(self.second(F.gelu(self.first(self.norm(state))))))
+            state = add_scaled(state, below, self.depth_scale)
+        logits = self.scores(gelu(self.second(gelu(self.first(self.norm(state))))))
         if routing.takes(logits):
             return *routing.route(logits, 1, "softmax", x.dtype, bias=self.balance, tiny=None), state
         probabilities = logits.float().softmax(-1)  # [tokens, experts + 1]
@@ -141,9 +166,14 @@ class ResidualScale(nn.Module):
         self.residual_scale = nn.Parameter(torch.empty(config.hidden_size))
         self.residual_bias = nn.Parameter(torch.empty(config.hidden_size))
 
-    def forward(self, out: Tensor, residual: Tensor) -> Tensor:  # 2 x [tokens, hidden]
+    def forward(self, out: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # 2 x [tokens, hidden] each
+        """The sum, and the same in the type of `out`."""
+        if small_ops.takes(out) and residual.dtype == torch.float32:
+            pairs = (self.hidden_states_bias, self.hidden_states_scale), (self.residual_bias, self.residual_scale)
+            return recurrent.scaled_residual(out, residual, *pairs)
         scaled = (out.float() + self.hidden_states_bias) * self.hidden_states_scale
-        return scaled + (residual + self.residual_bias) * self.residual_scale
+        total = scaled + (residual + self.residual_bias) * self.residual_scale
+        return total, total.to(out.dtype)
 
 
 class Block(nn.Module):
@@ -162,20 +192,20 @@ class Block(nn.Module):
     def forward(
         self,
         residual: Tensor,  # [tokens, hidden], float32
+        x: Tensor,  # [tokens, hidden], the same in the model's type
         below: Tensor | None,  # [tokens, router_width], the router state of the layer below
         rotations: Mapping[str, Rotation],
-        windows: Windows,
+        windows: Windows | InPlace,
         step: Step,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = self.attention.temperature.dtype
-        q = self.attention.append(self.attention_norm(residual.to(dtype)), rotations[self.kind], windows, step)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.attention.append(self.attention_norm(x), rotations[self.kind], windows, step)
         if step.narrows(self.index):  # every layer owns its rows, so this is the last one
             kept, step = step.rows_kept, step.tail()
             residual, q, below = residual[kept], q[kept], None if below is None else below[kept]
-        residual = self.after_attention(self.attention(q, step), residual)
-        x = self.mlp_norm(residual.to(dtype))
+        residual, x = self.after_attention(self.attention(q, step), residual)
+        x = self.mlp_norm(x)
         chosen, weights, state = self.router(x, below)
-        return self.after_mlp(self.experts(x, chosen, weights), residual), state
+        return *self.after_mlp(self.experts(x, chosen, weights), residual), state
 
 
 class Zaya(Model):
@@ -199,12 +229,19 @@ class Zaya(Model):
     def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
         x = self.embedding(tokens)
         rotations = {kind: waves.at(step.positions, x.dtype) for kind, waves in self.frequencies.items()}
-        device = x.device
-        windows = Windows(CausalWindows.of(step.counts, sum(self.config.conv_taps) - 2, device), CausalWindows.of(step.counts, 1, device))
+        windows = self._windows(step, x)
         residual, state = (x.float() + self.input_bias) * self.input_scale, None
+        x = residual.to(x.dtype)
         for block in self.blocks:
-            residual, state = block(residual, state, rotations, windows, step)
-        return self.norm(residual.to(x.dtype))
+            residual, x, state = block(residual, x, state, rotations, windows, step)
+        return self.norm(x)
+
+    def _windows(self, step: Step, x: Tensor) -> Windows | InPlace:  # [tokens, hidden]
+        first = self.blocks[0]
+        assert isinstance(first, Block)
+        if step.state_in_place(0, "conv") is not None and first.attention.native_weights().takes(x):
+            return InPlace()
+        return Windows(*(CausalWindows.of(step.counts, taps, x.device) for taps in (sum(self.config.conv_taps) - 2, 1)))
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
         scores = self.embedding.scores(hidden) if self.head is None else self.head(hidden)

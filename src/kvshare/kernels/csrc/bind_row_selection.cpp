@@ -27,5 +27,11 @@ void bind_row_selection(nb::module_& m) {
                  not_recorded("an indexer's choice of rows");
                  nb::gil_scoped_release released;
                  self.select(active_isa(), at<const uint16_t>(q), at<const float>(weights), at<const int64_t>(positions), heads, all, top_k, at<int64_t>(to));
-             });
+             })
+        .def("select_singles", [](nb::pointer_and_handle<RowSelection> self, uintptr_t spans, int64_t num_spans, uintptr_t q, uintptr_t weights, bool weights_bf16, float scale, int heads,
+                                  int64_t table, int64_t top_k, uintptr_t to) {
+            perform(Gil::released, {at<const StepSpan>(spans), num_spans}, [=, kernel = self.p, kept = nb::borrow(self.h)](const Isa& isa, const StepSpans& step) {
+                kernel->select_singles(isa, at<const uint16_t>(q), at<const void>(weights), weights_bf16, scale, heads, step, table, top_k, at<int64_t>(to));
+            }, Work::attention);
+        });
 }

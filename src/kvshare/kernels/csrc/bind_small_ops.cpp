@@ -49,9 +49,9 @@ void bind_small_ops(nb::module_& m) {
         perform(Gil::kept, [=](const Isa& isa) { run_cap(isa, at<float>(x), count, cap); });
     });
     m.def("append_rows", [](uintptr_t spans, int64_t num_spans, uintptr_t arena, int64_t page_bytes, int64_t table, int64_t row_bytes, int64_t rows_per_page, uintptr_t values,
-                            int64_t stride_bytes) {
+                            int64_t stride_bytes, int64_t tokens_per_row) {
         perform(Gil::kept, {at<const StepSpan>(spans), num_spans}, [=](const Isa&, const StepSpans& step) {
-            append_rows(at<uint8_t>(arena), page_bytes, step, {table, row_bytes, rows_per_page, at<const uint8_t>(values), stride_bytes});
+            append_rows(at<uint8_t>(arena), page_bytes, step, {table, row_bytes, rows_per_page, at<const uint8_t>(values), stride_bytes, tokens_per_row});
         });
     });
 }

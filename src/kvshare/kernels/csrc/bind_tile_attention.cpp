@@ -15,6 +15,7 @@ using namespace kvshare;
 
 using Stream = std::tuple<StreamShape, StreamShape, bool, int64_t, int64_t, int64_t>;              // keys, values, same, tokens a row, window, behind
 using Rows = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t>;               // pages and first page of keys and of values, chosen rows
+using Tables = std::tuple<int64_t, int64_t, uintptr_t, int64_t>;  // of keys and of values, chosen rows
 using Span = std::tuple<int64_t, int64_t, std::vector<Rows>>;                                      // start, count
 
 void bind_tile_attention(nb::module_& m) {
@@ -40,5 +41,16 @@ void bind_tile_attention(nb::module_& m) {
                  const Timed timer(Work::attention);
                  self.attend(active_isa(), at<const uint16_t>(q), at<uint16_t>(out), at<const int64_t>(positions), query_heads, all, scale, softcap,
                              at<const float>(sinks), {at<const uint16_t>(weight), at<const uint16_t>(cos), at<const uint16_t>(sin), moving});
-             });
+             })
+        .def("attend_singles", [](nb::pointer_and_handle<TileAttention> self, uintptr_t spans, int64_t num_spans, uintptr_t q, uintptr_t out, int query_heads,
+                                  const std::vector<Tables>& kinds, float scale, float softcap, uintptr_t sinks, const std::tuple<uintptr_t, uintptr_t, uintptr_t, int>& rebuild) {
+            std::vector<TileAttention::Tables> all;
+            for (const auto& [keys, values, chosen, num_chosen] : kinds) all.push_back({keys, values, at<const int64_t>(chosen), num_chosen});
+            const auto& [weight, cos, sin, moving] = rebuild;
+            const KeyRebuild keys = {at<const uint16_t>(weight), at<const uint16_t>(cos), at<const uint16_t>(sin), moving};
+            perform(Gil::released, {at<const StepSpan>(spans), num_spans},
+                    [kernel = self.p, kept = nb::borrow(self.h), q, out, query_heads, all, scale, softcap, sinks, keys](const Isa& isa, const StepSpans& step) {
+                        kernel->attend_singles(isa, at<const uint16_t>(q), at<uint16_t>(out), query_heads, step, all, scale, softcap, at<const float>(sinks), keys);
+                    }, Work::attention);
+        });
 }

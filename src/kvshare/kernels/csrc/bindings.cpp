@@ -23,6 +23,7 @@ void bind_tile_attention(nb::module_& m);
 void bind_row_selection(nb::module_& m);
 void bind_small_ops(nb::module_& m);
 void bind_streams(nb::module_& m);
+void bind_recurrent(nb::module_& m);
 void bind_experts(nb::module_& m);
 void bind_program(nb::module_& m);
 void bind_read_memory(nb::module_& m);
@@ -77,6 +78,7 @@ NB_MODULE(_kernels, m) {
     bind_row_selection(m);
     bind_small_ops(m);
     bind_streams(m);
+    bind_recurrent(m);
     bind_experts(m);
     bind_program(m);
     bind_read_memory(m);

@@ -34,8 +34,9 @@ void run_experts(const Isa& isa, const QuantizedWeight& gate_up, const Quantized
         if (task.chosen[i] < 0 || task.chosen[i] > task.num_experts)
             throw std::out_of_range("expert " + std::to_string(task.chosen[i]) + " of " + std::to_string(task.num_experts));
     const auto x = [&](int64_t place) { return static_cast<const uint8_t*>(task.x) + place / task.k * row_bytes; };
-    uint8_t *rows = gathered_rows.room(task.rows * row_bytes), *gate = gates.room(task.rows * 2 * width * size), *act = activated.room(task.rows * width * size);
-    uint8_t *out = products.room(task.rows * row_bytes), *y = summed.room(count * row_bytes);
+    // a token may name the same expert more than once
+    uint8_t *rows = gathered_rows.room(count * row_bytes), *gate = gates.room(count * 2 * width * size), *act = activated.room(count * width * size);
+    uint8_t *out = products.room(count * row_bytes), *y = summed.room(count * row_bytes);
     for (int64_t first = 0; first < count; first++) {
         const int64_t expert = task.chosen[first];
         places.clear();

@@ -98,12 +98,13 @@ void RowSelection::pack(const Isa& isa, const uint16_t* q, const float* weights,
     isa.tile.pack_pairs(rows.data(), keys_.width, vectors, packed);
 }
 
-std::vector<RowSelection::Round> RowSelection::cut(const int64_t* positions, const std::vector<SelectionSpan>& spans) const {
+std::vector<RowSelection::Round> RowSelection::cut(const int64_t* positions, const std::vector<SelectionSpan>& spans, int64_t top_k) const {
     std::vector<Round> rounds(1);
     for (const SelectionSpan& span : spans)
         for (int64_t first = span.start; first < span.start + span.count; first += SLICE_TOKENS) {
             const int64_t count = std::min(SLICE_TOKENS, span.start + span.count - first);
             Slice slice{&span, first, count, seen(positions[first + count - 1]), 0, 0};
+            if (slice.rows <= top_k) slice.rows = 0;  // nothing to choose, and so nothing to score
             const int64_t scores = count * slice.padded();
             if (rounds.back().tokens && rounds.back().scores + scores > MOST_SCORES) rounds.emplace_back();
             Round& round = rounds.back();
@@ -125,7 +126,7 @@ void RowSelection::select(const Isa& isa, const uint16_t* q, const float* weight
     };
     static thread_local std::vector<float> kept_scores, kept_weights;
     static thread_local std::vector<uint32_t> kept_packed;
-    for (const Round& round : cut(positions, spans)) {
+    for (const Round& round : cut(positions, spans, top_k)) {
         kept_scores.resize(std::max(kept_scores.size(), size_t(round.scores)));
         kept_weights.resize(std::max(kept_weights.size(), size_t(round.tokens * lanes)));
         kept_packed.resize(std::max(kept_packed.size(), size_t(round.tokens * lanes * keys_.width / 2)));
@@ -157,6 +158,27 @@ void RowSelection::select(const Isa& isa, const uint16_t* q, const float* weight
             }
         });
     }
+}
+
+void RowSelection::select_singles(const Isa& isa, const uint16_t* q, const void* weights, bool weights_bf16, float scale, int heads, const StepSpans& step, int64_t table, int64_t top_k,
+                                  int64_t* to) const {
+    std::vector<SelectionSpan> spans;
+    std::vector<int64_t> positions(size_t(step.count));
+    std::vector<float> scaled(size_t(step.count * heads));
+    for (const StepSpan& span : step) {
+        if (span.count != 1 || span.row >= step.count) throw std::out_of_range("a choice for more queries than sequences");
+        const PageRun& run = span.runs[table];
+        run.check(0, seen(span.first), keys_.rows_per_page);
+        positions[size_t(span.row)] = span.first;
+        spans.push_back({span.row, 1, run.pages, run.first_page});
+    }
+    for (size_t i = 0; i < scaled.size(); i++) {
+        const uint32_t bits = weights_bf16 ? uint32_t(static_cast<const uint16_t*>(weights)[i]) << 16 : 0;
+        if (weights_bf16) memcpy(&scaled[i], &bits, 4);
+        else scaled[i] = static_cast<const float*>(weights)[i];
+        scaled[i] *= scale;
+    }
+    select(isa, q, scaled.data(), positions.data(), heads, spans, top_k, to);
 }
 
 }  // namespace kvshare

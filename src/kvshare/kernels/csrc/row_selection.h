@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "paged_attention.h"
+#include "step_spans.h"
 
 namespace kvshare {
 
@@ -26,11 +27,15 @@ class RowSelection {
     void select(const Isa& isa, const uint16_t* q, const float* weights, const int64_t* positions, int heads, const std::vector<SelectionSpan>& spans, int64_t top_k,
                 int64_t* to) const;
 
+    // The same for the single queries of a step's sequences, whose keys are in their tables number `table`. Weights are `scale` times those given, bfloat16 or float32.
+    void select_singles(const Isa& isa, const uint16_t* q, const void* weights, bool weights_bf16, float scale, int heads, const StepSpans& step, int64_t table, int64_t top_k,
+                        int64_t* to) const;
+
   private:
     struct Slice;
     struct Round;
     int64_t seen(int64_t position) const { return (position + 1) / tokens_per_row_; }  // rows
-    std::vector<Round> cut(const int64_t* positions, const std::vector<SelectionSpan>& spans) const;
+    std::vector<Round> cut(const int64_t* positions, const std::vector<SelectionSpan>& spans, int64_t top_k) const;
     void pack(const Isa& isa, const uint16_t* q, const float* weights, int heads, int vectors, uint32_t* packed, float* lane_weights) const;
     void score(const Isa& isa, const Slice& slice, const int64_t* positions, int64_t tile, int vectors, const uint32_t* packed, const float* weights, float* scores) const;
 

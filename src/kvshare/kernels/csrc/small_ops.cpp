@@ -93,8 +93,11 @@ void append_rows(uint8_t* arena, int64_t page_bytes, const StepSpans& step, cons
     const uint8_t* from = rows.values;
     for (const StepSpan& span : step) {
         const PageRun& run = span.runs[rows.table];
-        run.check(span.first, span.first + span.count, rows.rows_per_page);
-        for (int64_t row = span.first; row < span.first + span.count; row++, from += rows.stride_bytes) {
+        const int64_t per_row = rows.tokens_per_row;
+        run.check(span.first / per_row, (span.first + span.count) / per_row, rows.rows_per_page);
+        for (int64_t token = span.first; token < span.first + span.count; token++, from += rows.stride_bytes) {
+            if ((token + 1) % per_row) continue;
+            const int64_t row = token / per_row;
             const int64_t page = run.pages[row / rows.rows_per_page - run.first_page];
             memcpy(arena + page * page_bytes + row % rows.rows_per_page * rows.row_bytes, from, size_t(rows.row_bytes));
         }

@@ -250,4 +250,6 @@ inline void softplus(const SoftplusTask& task, bool bf16, int64_t begin, int64_t
 #include "stream_ops.h"
 #include "edge_ops.h"
 
-constexpr SmallOps small_ops = {heads, sum, gate, affine, cap, combine, softplus, route, stream_ops, edge_ops};
+#include "recurrent_ops.h"
+
+constexpr SmallOps small_ops = {heads, sum, gate, affine, cap, combine, softplus, route, stream_ops, edge_ops, recurrent_ops};

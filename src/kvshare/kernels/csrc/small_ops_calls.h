@@ -35,9 +35,10 @@ struct RowsToAppend {
     int64_t row_bytes, rows_per_page;
     const uint8_t* values;  // the rows of all sequences behind one another
     int64_t stride_bytes;
+    int64_t tokens_per_row;  // a token whose row is not complete has values all the same, which are not stored
 };
 
-// The rows of all tokens to their pages. Throws std::out_of_range, and has then written some of them, where a sequence lacks the pages.
+// The rows of all tokens that complete one to their pages. Throws std::out_of_range, and has then written some of them, where a sequence lacks the pages.
 void append_rows(uint8_t* arena, int64_t page_bytes, const StepSpans& step, const RowsToAppend& rows);
 
 }  // namespace kvshare

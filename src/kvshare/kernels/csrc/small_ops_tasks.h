@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "edge_tasks.h"
+#include "recurrent_tasks.h"
 #include "routing_tasks.h"
 #include "stream_tasks.h"
 
@@ -82,6 +83,7 @@ struct SmallOps {
     void (*route)(const RouteTask& task, int64_t begin, int64_t end);
     StreamOps streams;
     EdgeOps edges;
+    RecurrentOps recurrent;
 };
 
 }  // namespace kvshare

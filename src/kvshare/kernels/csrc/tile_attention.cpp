@@ -292,4 +292,29 @@ void TileAttention::attend(const Isa& isa, const uint16_t* q, uint16_t* out, con
     });
 }
 
+void TileAttention::attend_singles(const Isa& isa, const uint16_t* q, uint16_t* out, int query_heads, const StepSpans& step, const std::vector<Tables>& kinds, float scale,
+                                   float softcap, const float* sinks, const KeyRebuild& rebuild) const {
+    std::vector<TileSpan> spans;
+    std::vector<int64_t> positions;
+    for (const StepSpan& span : step) {
+        if (span.count != 1) continue;
+        if (int64_t(positions.size()) <= span.row) positions.resize(size_t(span.row + 1));
+        positions[size_t(span.row)] = span.first;
+        TileSpan all{span.row, 1, {}};
+        for (size_t s = 0; s < kinds.size(); s++) {
+            const auto& [keys, values, chosen, num_chosen] = kinds[s];
+            const PageRun &k = span.runs[keys], &v = span.runs[values];
+            all.rows.push_back({k.pages, k.first_page, v.pages, v.first_page, chosen ? chosen + span.row * num_chosen : nullptr, chosen ? num_chosen : -1});
+            const TileRows rows = all.rows.back().of_query(0);
+            const bool any = !chosen || rows.num_chosen > 0;
+            const Seen seen(streams_[s], rows, span.first);
+            const int64_t first = chosen && any ? rows.chosen[0] : seen.first, end = chosen && any ? rows.chosen[rows.num_chosen - 1] + 1 : seen.end;
+            k.check(first, end, streams_[s].k.rows_per_page);
+            v.check(first, end, streams_[s].v.rows_per_page);
+        }
+        spans.push_back(std::move(all));
+    }
+    attend(isa, q, out, positions.data(), query_heads, spans, scale, softcap, sinks, rebuild);
+}
+
 }  // namespace kvshare

@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "paged_attention.h"
+#include "step_spans.h"
 
 namespace kvshare {
 
@@ -58,6 +59,15 @@ class TileAttention {
     // cut the same way whatever else runs beside it, and whatever the number of threads.
     void attend(const Isa& isa, const uint16_t* q, uint16_t* out, const int64_t* positions, int query_heads, const std::vector<TileSpan>& spans, float scale,
                 float softcap, const float* sinks, const KeyRebuild& rebuild) const;
+
+    // The same for the single queries of a step's sequences. `kinds`: of each stream, which of a sequence's tables hold keys and values, and what each query chose.
+    struct Tables {
+        int64_t keys, values;
+        const int64_t* chosen;  // as in TileRows, of all queries
+        int64_t num_chosen;
+    };
+    void attend_singles(const Isa& isa, const uint16_t* q, uint16_t* out, int query_heads, const StepSpans& step, const std::vector<Tables>& kinds, float scale, float softcap,
+                        const float* sinks, const KeyRebuild& rebuild) const;
 
   private:
     struct Item;
