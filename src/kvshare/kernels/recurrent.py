@@ -18,6 +18,15 @@ from kvshare.kernels.native import module
 from kvshare.kernels.step_states import StateInPlace
 
 
+def block_starts(positions: Tensor, ratio: int) -> Tensor:  # int64 [tokens], in one piece
+    """The first position of the block of `ratio` tokens that each is in."""
+    assert positions.dtype == torch.int64
+    assert positions.is_contiguous()
+    out = torch.empty_like(positions)
+    module().block_starts(positions.data_ptr(), len(positions), ratio, out.data_ptr())
+    return out
+
+
 def compressed(
     kv: Tensor,  # [sequences, projected], as is
     gate: Tensor,

@@ -8,6 +8,8 @@ bfloat16 by a unit in the last place where the unrounded number lay that close t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -178,13 +180,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:  
     return out
 
 
-def join(first: Tensor, second: Tensor) -> Tensor:  # [tokens, heads, a], [tokens, heads, b]
-    """The numbers of both, side by side: [tokens, heads, a + b]."""
-    if first.shape[:2] != second.shape[:2] or first.dtype != second.dtype:
-        raise ValueError(f"{first.dtype} {list(first.shape)} and {second.dtype} {list(second.shape)} cannot stand side by side")
-    out = first.new_empty(*first.shape[:2], first.shape[2] + second.shape[2])
-    parts = [(x.data_ptr(), *x.stride()[:2], x.shape[2]) for x in (first, second)]
-    module().join(*parts, out.data_ptr(), first.element_size(), *first.shape[:2])
+def join(parts: Sequence[Tensor]) -> Tensor:  # [tokens, heads, a], [tokens, heads, b], ... of one type
+    """Their numbers side by side: [tokens, heads, a + b + ...]."""
+    rows, heads = parts[0].shape[:2]
+    if any(part.shape[:2] != (rows, heads) or part.dtype != parts[0].dtype or part.stride(-1) != 1 for part in parts):
+        raise ValueError(f"{[(part.dtype, list(part.shape)) for part in parts]} cannot stand side by side")
+    out = torch.empty(rows, heads, sum(part.shape[2] for part in parts), dtype=parts[0].dtype)
+    places = [(part.data_ptr(), *part.stride()[:2], part.shape[2]) for part in parts]
+    module().join(places, out.data_ptr(), out.element_size(), rows, heads)
     return out
 
 

@@ -71,7 +71,7 @@ class OpenBlocks:
 
     @staticmethod
     def of(step: Step, ratio: int, frequencies: Frequencies) -> OpenBlocks:
-        return OpenBlocks(frequencies.at(step.positions // ratio * ratio, torch.float32))
+        return OpenBlocks(frequencies.at(recurrent.block_starts(step.positions, ratio), torch.float32))
 
 
 class Compressor(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvshare.kernels import streams as native
+from kvshare.layers.latent_expansion import joined
 from kvshare.layers.norm import RMSNorm
 
 
@@ -78,6 +79,11 @@ class HyperHead(nn.Module):
         if _is_taken(x, self.fn, self.base, self.scale):
             return native.read(x, self.fn, self.base, self.scale, norm.spelled(), iterations=0, rms_eps=self.rms_eps, eps=self.eps)[0]
         return norm(_weighted_sum(x, torch.sigmoid(_projected(x, self.fn, self.rms_eps) * self.scale + self.base) + self.eps))
+
+
+def repeated(x: Tensor, streams: int) -> Tensor:  # [tokens, hidden] -> [tokens, streams, hidden]
+    """The same in every stream."""
+    return joined(*[x[:, None]] * streams).unflatten(2, (streams, -1))[:, 0] if streams > 1 else x[:, None]
 
 
 def sinkhorn(x: Tensor, iterations: int, eps: float) -> Tensor:  # [..., n, n], positive, rows already summing to 1

@@ -35,8 +35,8 @@ class LatentExpansion(nn.Module):
         return torch.bmm(summed.transpose(0, 1), self.weight[:, self.sizes[0] :].transpose(1, 2)).transpose(0, 1)
 
 
-def joined(first: Tensor, second: Tensor) -> Tensor:  # [tokens, heads, a], [tokens, heads, b] -> [tokens, heads, a + b]
-    """Heads of two parts side by side."""
-    if small_ops.takes(first) and small_ops.takes(second) and first.dtype == second.dtype:
-        return small_ops.join(first, second)
-    return torch.cat([first, second], dim=-1)
+def joined(*parts: Tensor) -> Tensor:  # [tokens, heads, a], [tokens, heads, b], ... -> [tokens, heads, a + b + ...]
+    """Heads of several parts side by side."""
+    if all(small_ops.takes(part) and part.dtype == parts[0].dtype for part in parts):
+        return small_ops.join(parts)
+    return torch.cat(parts, dim=-1)

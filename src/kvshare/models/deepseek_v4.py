@@ -33,7 +33,7 @@ from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts
 from kvshare.layers.gated_mlp import GatedMlp
 from kvshare.layers.grouped_linear import GroupedLinear
-from kvshare.layers.hyper_connections import HyperConnection, HyperHead
+from kvshare.layers.hyper_connections import HyperConnection, HyperHead, repeated
 from kvshare.layers.linear import Linear, RouterLinear
 from kvshare.layers.norm import RMSNorm
 from kvshare.layers.rotary import Frequencies, Rotation, frequencies
@@ -278,6 +278,7 @@ class DeepseekV4(Model):
         self.stream_head = HyperHead(self.config.hidden_size, self.config.streams, self.config.eps, self.config.hc_eps)
         self.norm = RMSNorm(self.config.hidden_size, self.config.eps)
         self.head = Linear(self.config.hidden_size, self.vocab_size)
+        self.backward = {name: Frequencies(-waves.inverse, waves.factor) for name, waves in self.config.rope.items()}  # rotations back
         self.overlaps = {  # by ratio of the compressed layers: CSA's entries overlap
             stream.tokens_per_row: layer.kind == "csa" for layer in layout.layers for stream in layer.streams if stream.name == "entry"
         }
@@ -292,9 +293,9 @@ class DeepseekV4(Model):
     def forward(self, tokens: Tensor, step: Step) -> Tensor:  # [tokens] -> [rows kept, hidden]
         rope, x = self.config.rope, self.embedding(tokens)
         rotations = {name: each.at(step.positions, torch.float32) for name, each in rope.items()}
-        backward = {name: each.inverse() for name, each in rotations.items()}
+        backward = {name: each.at(step.positions, torch.float32) for name, each in self.backward.items()}
         facts = TokenFacts(tokens, rotations, backward, {ratio: self._blocks(step, ratio, x) for ratio in self.overlaps})
-        x = x[:, None].repeat(1, self.config.streams, 1)  # [tokens, streams, hidden]
+        x = repeated(x, self.config.streams)  # [tokens, streams, hidden]
         for block in self.blocks:
             x, facts, step = block(x, facts, step)
             if not len(x):  # a chunk inside a prompt: nobody asked for its logits
@@ -307,7 +308,7 @@ class DeepseekV4(Model):
         return OpenBlocks.of(step, ratio, rope) if in_place else Blocks.of(step, ratio, self.overlaps[ratio], rope)
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        return self.head(hidden)
+        return self.head.scores(hidden)
 
     def weight_sources(self) -> dict[str, Source]:
         sources = {}

@@ -244,7 +244,7 @@ class Zaya(Model):
         return Windows(*(CausalWindows.of(step.counts, taps, x.device) for taps in (sum(self.config.conv_taps) - 2, 1)))
 
     def logits(self, hidden: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab_size]
-        scores = self.embedding.scores(hidden) if self.head is None else self.head(hidden)
+        scores = self.embedding.scores(hidden) if self.head is None else self.head.scores(hidden)
         return scores if self.head_bias is None else scores + self.head_bias
 
     def weight_sources(self) -> dict[str, Source]:

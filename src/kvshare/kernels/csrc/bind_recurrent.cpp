@@ -1,10 +1,11 @@
 // Layers with states, and products by groups, as Python sees them.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstring>
-#include <initializer_list>
 #include <tuple>
+#include <vector>
 
 #include "address.h"
 #include "norm_arguments.h"
@@ -56,11 +57,16 @@ void bind_recurrent(nb::module_& m) {
         const ChannelsTask task = {at<const void>(x), at<const void>(weight), at<const void>(y), at<void>(out), width, factor, gelu};
         perform(Gil::kept, [=](const Isa& isa) { run_channels(isa, task, bf16, rows); });
     });
-    m.def("join", [](const Heads& first, const Heads& second, uintptr_t out, int64_t size, int64_t rows, int64_t heads) {
+    m.def("block_starts", [](uintptr_t positions, int64_t count, int64_t ratio, uintptr_t out) {
+        perform(Gil::kept, [=](const Isa&) {
+            for (int64_t i = 0; i < count; i++) at<int64_t>(out)[i] = at<const int64_t>(positions)[i] / ratio * ratio;
+        });
+    });
+    m.def("join", [](const std::vector<Heads>& parts, uintptr_t out, int64_t size, int64_t rows, int64_t heads) {
         perform(Gil::kept, [=](const Isa&) {
             uint8_t* to = at<uint8_t>(out);
             for (int64_t i = 0; i < rows * heads; i++)
-                for (const auto& [x, row, head, width] : {first, second}) {
+                for (const auto& [x, row, head, width] : parts) {
                     memcpy(to, at<const uint8_t>(x) + (i / heads * row + i % heads * head) * size, size_t(width * size));
                     to += width * size;
                 }
