@@ -76,9 +76,7 @@ inline __attribute__((always_inline)) void multiply_strip(Strip strip, int64_t b
         for (int unit = 0; unit < Format::groups / Format::unit; unit++) {
             lines.ask<int(LANES * shape_of(T).bytes * Format::unit / Format::groups)>();
             Unpacked<Format::unit, halves> unpacked;
-            each<Format::unit>([&](auto g) __attribute__((always_inline)) {
-                if constexpr (g > 0 && anew) asm volatile("" ::: "memory");
-                if constexpr (g == 0 || anew) reader.unpack(strip, unit, unpacked);
+            const auto multiply = [&](auto g) __attribute__((always_inline)) {
                 asm("" : "+r"(x.q), "+r"(x.scale), "+r"(x.sum), "+r"(x.sum32), "+r"(x.sum16));  // one address each: gcc 12 would keep and count up one for each word
                 each<halves>([&](auto h) __attribute__((always_inline)) {
                     const uint8_t* q = reinterpret_cast<const uint8_t*>(x.q) + 4 * words * h;
@@ -101,7 +99,17 @@ inline __attribute__((always_inline)) void multiply_strip(Strip strip, int64_t b
                     });
                 });
                 x = x.from(0, 1);
-            });
+            };
+            if constexpr (anew)
+                each<Format::unit>([&](auto g) __attribute__((always_inline)) {
+                    asm volatile("" ::: "memory");
+                    reader.unpack(strip, unit, unpacked);
+                    multiply(g);
+                });
+            else {
+                reader.unpack(strip, unit, unpacked);
+                for (int g = 0; g < Format::unit; g++) multiply(g);
+            }
         }
     }
 }
