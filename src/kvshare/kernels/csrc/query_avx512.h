@@ -31,40 +31,47 @@ void spell_codes(int width, int heads, int head, const float* q, uint8_t* to) {
     using Spelled = SpelledQuery<Kind>;
     const Spelled query(to, width, heads);
     constexpr float largest = Spelled::passes == 2 ? 127 * 256 + 127 : 127;
-    const int group = Kind == RowKind::INT4 ? INT4_GROUP : width;
+    const int group = Kind == RowKind::INT4 ? INT4_GROUP : width, padded = int(Spelled::padded(width));
     auto* codes = const_cast<int8_t*>(query.codes);
     auto *scale = const_cast<float*>(query.scale), *sum = const_cast<float*>(query.sum);
     auto* minus = const_cast<int32_t*>(query.minus);
-    const auto place = [&](int i, int plane) {  // of number i
-        const int at = i / Form::numbers * Form::numbers + i % Form::fields * 16 + i % Form::numbers / Form::fields;
-        return codes + ((at / 4 * Spelled::planes + plane) * heads + head) * 4 + at % 4;
-    };
-    for (int64_t i = width; i < Spelled::padded(width); i++)
-        for (int plane = 0; plane < Spelled::planes; plane++) *place(int(i), plane) = 0;
-    int32_t high_sum = 0, low_sum = 0;
+    alignas(64) int16_t integers[WIDEST_HEAD + 64];  // [padded], in the head's own order
+    for (int i = width / 16 * 16; i < padded; i++) integers[i] = 0;
     for (int first = 0, g = 0; first < width; first += group, g++) {
         const int end = first + group < width ? first + group : width, index = Kind == RowKind::INT4 ? head * groups_of(width) + g : head;
-        float size = 0, total = 0;
-        for (int i = first; i < end; i++) {
-            size = fabsf(q[i]) > size ? fabsf(q[i]) : size;
-            total += q[i];
+        const auto sixteen = [&](int i) { return _mm512_maskz_loadu_ps(end - i >= 16 ? 0xffff : __mmask16((1 << (end - i)) - 1), q + i); };
+        __m512 sizes = _mm512_setzero_ps(), totals = _mm512_setzero_ps();
+        for (int i = first; i < end; i += 16) {
+            sizes = _mm512_max_ps(sizes, _mm512_abs_ps(sixteen(i)));
+            totals = _mm512_add_ps(totals, sixteen(i));
         }
-        const float unit = size / largest, inverse = unit > 1e-30f ? 1.0f / unit : 0.0f;
+        const float unit = _mm512_reduce_max_ps(sizes) / largest, inverse = unit > 1e-30f ? 1.0f / unit : 0.0f;
         scale[index] = unit / Form::levels_unit * (Kind == RowKind::INT9 ? 2.0f : 1.0f);
-        if (Kind == RowKind::INT4) sum[index] = total;
-        for (int i = first; i < end; i++) {
-            const int code = int(lrintf(q[i] * inverse));
+        if (Kind == RowKind::INT4) sum[index] = _mm512_reduce_add_ps(totals);
+        for (int i = first; i < end; i += 16) {
+            const __m512i sixteen_codes = _mm512_cvtps_epi32(_mm512_mul_ps(sixteen(i), _mm512_set1_ps(inverse)));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(integers + i), _mm512_cvtepi32_epi16(sixteen_codes));
+        }
+    }
+    int32_t high_sum = 0, low_sum = 0;
+    for (int word = 0; word < padded / 4; word++) {  // of four numbers that a dot product adds up: of one field, side by side
+        const int at = 4 * word % Form::numbers;
+        const int16_t* from = integers + 4 * word - at + at % 16 * Form::fields + at / 16;
+        int8_t four[Spelled::planes][4];
+        for (int i = 0; i < 4; i++) {
+            const int code = from[i * Form::fields];
             int high = code;
             if constexpr (Spelled::passes == 2) {
                 high = (code + 128) >> 8;
                 const int low = code - high * 256;
-                *place(i, 1) = int8_t(low);
+                four[1][i] = int8_t(low);
                 low_sum += low;
-                if constexpr (Kind == RowKind::INT9) *place(i, 2) = int8_t((code + 256) >> 9);
+                if constexpr (Kind == RowKind::INT9) four[2][i] = int8_t((code + 256) >> 9);
             }
-            *place(i, 0) = int8_t(high);
+            four[0][i] = int8_t(high);
             high_sum += high;
         }
+        for (int plane = 0; plane < Spelled::planes; plane++) memcpy(codes + ((word * Spelled::planes + plane) * heads + head) * 4, four[plane], 4);
     }
     if constexpr (Kind != RowKind::INT4) {
         minus[head * Spelled::passes] = -128 * high_sum;
