@@ -69,8 +69,15 @@ void decode_strip(const uint8_t* from, int64_t k, uint16_t* to) {
     const int64_t blocks = k / shape_of(T).weights;
     InterleavedStrip<T> strip(from, blocks);
     Format reader;
-    __m512i quarter[4];  // 16 bytes, spread
-    for (int i = 0; i < 4; i++) quarter[i] = _mm512_add_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16 * i));
+    constexpr bool looked_up = Format::levels <= 32;  // in a table of a group's numbers, which fits a register
+    const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512 first_levels = _mm512_cvtepi32_ps(count), other_levels = _mm512_add_ps(first_levels, _mm512_set1_ps(16));
+    __m512i quarter[4];  // 16 bytes, spread: of one register over 32-bit lanes, or of two over 16-bit ones
+    for (int i = 0; i < 4; i++) {
+        const __m256i words = _mm512_cvtepi32_epi16(_mm512_add_epi32(count, _mm512_set1_epi32(16 * i)));
+        if (looked_up) quarter[i] = _mm512_inserti64x4(_mm512_castsi256_si512(words), _mm256_add_epi16(words, _mm256_set1_epi16(64)), 1);
+        else quarter[i] = _mm512_add_epi32(count, _mm512_set1_epi32(16 * i));
+    }
     alignas(64) uint16_t numbers[LANES][at_once];
     int filled = 0;
     for (int64_t block = 0; block < blocks; block++) {
@@ -91,6 +98,14 @@ void decode_strip(const uint8_t* from, int64_t k, uint16_t* to) {
                 transpose_quarters(unpacked.w + 8 * g);
                 transpose_quarters(unpacked.w + 8 * g + 4);
                 each<LANES>([&](auto i) __attribute__((always_inline)) {
+                    if constexpr (looked_up) {
+                        const __m512 scale = _mm512_set1_ps(scales[0][i]), rest = _mm512_set1_ps(rests[0][i]), first = _mm512_fmadd_ps(first_levels, scale, rest);
+                        const __m512i table = Format::levels > 16 ? (__m512i)_mm512_cvtne2ps_pbh(_mm512_fmadd_ps(other_levels, scale, rest), first)
+                                                                  : _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(first));
+                        const __m512i q = _mm512_permutex2var_epi8(unpacked.w[8 * g + i % 4], quarter[i / 4], unpacked.w[8 * g + 4 + i % 4]);
+                        _mm512_store_si512(numbers[i] + filled + 32 * g, _mm512_permutexvar_epi16(q, table));  // (which looks at five bits of each 16)
+                        return;
+                    }
                     __m512 half[2];
                     each<2>([&](auto h) __attribute__((always_inline)) {
                         const __m512i q = _mm512_maskz_permutexvar_epi8(0x1111111111111111, quarter[i / 4], unpacked.w[8 * g + 4 * h + i % 4]);

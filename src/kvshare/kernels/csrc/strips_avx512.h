@@ -116,7 +116,7 @@ template <BlockType T>
 struct NibbleReader {
     static constexpr bool has_fifth = T == BlockType::Q5_0 || T == BlockType::Q5_1;
     static constexpr bool has_minimum = T == BlockType::Q4_1 || T == BlockType::Q5_1;
-    static constexpr int groups = 1, unit = 1, halves = 1, offset = has_minimum ? 0 : has_fifth ? 16 : 8;
+    static constexpr int groups = 1, unit = 1, halves = 1, offset = has_minimum ? 0 : has_fifth ? 16 : 8, levels = has_fifth ? 32 : 16;
 
     void open(const auto&) {}
     void unpack(const auto& strip, int, Unpacked<1, 1>& to) const {
@@ -138,7 +138,7 @@ struct NibbleReader {
 
 struct ByteReader {  // Q8_0
     static constexpr bool has_minimum = false;
-    static constexpr int groups = 1, unit = 1, halves = 1, offset = 128;
+    static constexpr int groups = 1, unit = 1, halves = 1, offset = 128, levels = 256;
 
     void open(const auto&) {}
     void unpack(const auto& strip, int, Unpacked<1, 1>& to) const {
@@ -152,7 +152,7 @@ struct ByteReader {  // Q8_0
 template <BlockType T>
 struct ScaledReader {
     static constexpr bool has_fifth = T == BlockType::Q5_K, has_minimum = true;
-    static constexpr int groups = 8, unit = 2, halves = 1, offset = 0;
+    static constexpr int groups = 8, unit = 2, halves = 1, offset = 0, levels = has_fifth ? 32 : 16;
     __m512 d, minimum;
     __m512i six[2], low[2];  // bytes: scales and minima of groups 0-3 and 4-7
     Bytes fifth[has_fifth ? 8 : 1];
@@ -192,7 +192,7 @@ struct ScaledReader {
 // Blocks of 256 with a signed scale of eight bits for every 16. Each half of a block has 64 bytes of nibbles and 32 of bit pairs for its four groups.
 struct SixReader {
     static constexpr bool has_minimum = false;
-    static constexpr int groups = 8, unit = 4, halves = 2, offset = 32;
+    static constexpr int groups = 8, unit = 4, halves = 2, offset = 32, levels = 64;
     __m512 d;
     __m512i scales[4];
 
