@@ -29,6 +29,15 @@ BASE: dict[str, Any] = {
 }
 GEMMA: dict[str, Any] = {**BASE, "sliding_window": 8, "layer_types": [S, S, F] * 2, "final_logit_softcapping": 30.0}
 SHARED: dict[str, Any] = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB - 10}
+SPARSE: dict[str, Any] = {
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "num_global_key_value_heads": 1,
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 LAGUNA: dict[str, Any] = {
     "layer_types": [F, S, S] * 2,
@@ -47,6 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Gemma 3": {**GEMMA, "model_type": "gemma3_text"},
     "Gemma 3n": {**GEMMA, **SHARED, "model_type": "gemma3n_text", "laurel_rank": 8, "activation_sparsity_pattern": [0.95] * 2 + [0.0] * 4},
     "Gemma 4 E2B": {**GEMMA, **SHARED, "model_type": "gemma4_text", "global_head_dim": 32, "use_double_wide_mlp": True},
+    "Gemma 4 26B-A4B": {**GEMMA, **SPARSE, "model_type": "gemma4_text", "global_head_dim": 32},
     "Laguna": {**BASE, **LAGUNA, "model_type": "laguna"},
 }
 
