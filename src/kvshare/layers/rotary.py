@@ -62,10 +62,6 @@ class Rotation(NamedTuple):
         cos, sin = self.cos, self.sin
         return small_ops.takes(x) and x.dim() == 3 and x.shape[0] == cos.shape[0] and cos.is_contiguous() and sin.is_contiguous()
 
-    def inverse(self) -> Rotation:
-        """The rotation back."""
-        return Rotation(self.cos, -self.sin)
-
     def at_rows(self, rows: Tensor) -> Rotation:
         """The rotation of some of the step's tokens."""
         return Rotation(self.cos[rows], self.sin[rows])
