@@ -5,7 +5,7 @@
 namespace kvshare {
 
 constexpr int64_t NUMBERS_OF_A_THREAD = 1 << 15;  // fewer are done before another thread has woken up
-constexpr int64_t NUMBERS_OF_A_MEMBER = 1 << 12;  // of a team, which is awake
+constexpr int64_t NUMBERS_OF_A_MEMBER = 1 << 13;  // of a team, which is awake
 
 template <typename Run>  // (begin, end)
 void over(int64_t count, int64_t numbers_each, Run run) {

@@ -3,7 +3,6 @@
 #pragma once
 #include <nanobind/nanobind.h>
 
-#include <deque>
 #include <functional>
 #include <optional>
 #include <string>
@@ -25,14 +24,7 @@ class Program {
 
     explicit Program(StepSpans recorded_from) : recorded_from_(recorded_from) {}
 
-    // `reads`: what each thread will read first, which those that wait ask the memory for in the meantime.
-    void append(Call call, FirstReads reads = {}) {
-        if (reads) {
-            const FirstReads* kept = &reads_.emplace_back(std::move(reads));
-            for (auto step = steps_.rbegin(); step != steps_.rend() && !step->upcoming; step++) step->upcoming = kept;
-        }
-        steps_.push_back({std::move(call), nullptr});
-    }
+    void append(Call call) { calls_.push_back(std::move(call)); }
     void append(const StepSpans& spans, Call call) {
         if (spans.spans == recorded_from_.spans) append(std::move(call));
         else refuse("rows of another step");
@@ -41,16 +33,12 @@ class Program {
         if (refusal_.empty()) refusal_ = why;
     }
     const std::string& refusal() const { return refusal_; }  // empty: everything that was computed is in it
-    int64_t size() const { return int64_t(steps_.size()); }
+    int64_t size() const { return int64_t(calls_.size()); }
 
     void run(int64_t begin, int64_t end, const StepSpans& spans) const {
         const Isa& isa = active_isa();
         const auto lead = [&] {
-            for (int64_t i = begin; i < end; i++) {
-                const Step& step = steps_[size_t(i)];
-                if (team) team->expect(step.upcoming);
-                step.call(isa, spans);
-            }
+            for (int64_t i = begin; i < end; i++) calls_[size_t(i)](isa, spans);
         };
         if (end - begin < LEAST_CALLS) lead();
         else Team::open(lead);
@@ -60,12 +48,7 @@ class Program {
     static constexpr int64_t LEAST_CALLS = 4;  // fewer take their threads one by one sooner than they open a team
 
     StepSpans recorded_from_;
-    struct Step {
-        Call call;
-        const FirstReads* upcoming;  // of the next step that has any
-    };
-    std::vector<Step> steps_;
-    std::deque<FirstReads> reads_;
+    std::vector<Call> calls_;
     std::string refusal_;
 };
 
@@ -74,9 +57,9 @@ inline thread_local Program* recording = nullptr;  // what the kernels that this
 enum class Gil { kept, released };  // while a call runs; released where it takes long
 
 // Runs call(isa), and records it where this thread records. Called with the GIL held; an object that must stay alive may be captured as nb::object.
-// `work` is what a stopwatch counts its time as; `reads` is as in `Program::append`.
+// `work` is what a stopwatch counts its time as.
 template <typename Call>
-void perform(Gil gil, Call call, Work work = Work::small, FirstReads reads = {}) {
+void perform(Gil gil, Call call, Work work = Work::small) {
     auto timed = [call = std::move(call), work](const Isa& isa) {
         const Timed timer(work);
         call(isa);
@@ -86,7 +69,7 @@ void perform(Gil gil, Call call, Work work = Work::small, FirstReads reads = {})
         if (gil == Gil::released) released.emplace();
         timed(active_isa());
     }
-    if (recording) recording->append([timed = std::move(timed)](const Isa& isa, const StepSpans&) { timed(isa); }, std::move(reads));
+    if (recording) recording->append([timed = std::move(timed)](const Isa& isa, const StepSpans&) { timed(isa); });
 }
 
 // The same for call(isa, spans): what it does with the step's tokens and rows.

@@ -69,12 +69,6 @@ class Pieces {
         return {};
     }
 
-    // What a thread takes first, unless another one has come so far.
-    Piece first(int thread) const {
-        const Rows run = run_of(thread);
-        return run.count() ? piece(front(run)) : Piece{};
-    }
-
   private:
     struct Left {
         alignas(LINE) std::atomic<uint64_t> rows;  // the first one, and their end in the upper half
@@ -182,14 +176,13 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
     static thread_local Rounded rounded;
     const int64_t k = in_features_, out_features = end - begin;
     if (!rows || !out_features) return;
-    const int threads = threads_for(begin, end, most_threads());
-    const bool alone = threads == 1;
+    const int threads = bytes_ / out_features_ * out_features < SINGLE_THREAD_BYTES ? 1 : most_threads();
     const int64_t times = (rows + MAX_ROWS - 1) / MAX_ROWS, together = (rows + times - 1) / times;
     Pieces pieces(segments_, k, {begin, end}, threads, MOST_SUMS / together, times > 1 ? CACHED_BYTES : INT64_MAX);
     pieces.begin();
     const Activations activations = has_blocks_ ? rounded.room(rows, k) : Activations{};
     const auto row = [&](int64_t r) { return static_cast<const uint8_t*>(x) + r * k * (x_bf16 ? 2 : 4); };
-    const bool rounded_alone = has_blocks_ && (alone || rows * k <= ROUNDED_ALONE);
+    const bool rounded_alone = has_blocks_ && (threads == 1 || rows * k <= ROUNDED_ALONE);
     if (rounded_alone)
         for (int64_t r = 0; r < rows; r++) isa.products.round(row(r), x_bf16, 0, k, activations.from(r));
 
@@ -207,8 +200,7 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
         for (Piece piece = pieces.take(thread.index), behind; piece.weights.count; piece = behind) {
             behind = pieces.take(thread.index);
             const auto [weights, first] = piece;
-            const uint8_t* ahead = behind.weights.data ? behind.weights.data : thread.upcoming();
-            if (!ahead) ahead = weights.data;
+            const uint8_t* ahead = behind.weights.count ? behind.weights.data : weights.data;
             for (int64_t r = 0; r < rows; r += together) {
                 const int count = int(std::min(together, rows - r));
                 float* y = out_bf16 ? sums : static_cast<float*>(out) + r * out_features + first;
@@ -219,15 +211,6 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
             }
         }
     });
-}
-
-int QuantizedWeight::threads_for(int64_t begin, int64_t end, int most) const { return bytes_ / out_features_ * (end - begin) < SINGLE_THREAD_BYTES ? 1 : most; }
-
-Run QuantizedWeight::first_of(int64_t begin, int64_t end, int thread, int threads) const {
-    const int sharing = threads_for(begin, end, threads);
-    if (thread >= sharing) return {};
-    const WeightRows first = Pieces(segments_, in_features_, {begin, end}, sharing, MOST_SUMS, CACHED_BYTES).first(thread).weights;
-    return {first.data, first.data + (first.skip + first.count) * row_bytes(first.type, in_features_)};
 }
 
 void QuantizedWeight::decode(const Isa& isa, int64_t begin, int64_t end, void* to, bool bf16) const {

@@ -24,16 +24,11 @@ class QuantizedWeight {
     // Rows [begin, end) as bfloat16 or float32.
     void decode(const Isa& isa, int64_t begin, int64_t end, void* to, bool bf16) const;
 
-    // What one of some threads reads first where it takes part in such a product; nothing where it does not.
-    Run first_of(int64_t begin, int64_t end, int thread, int threads) const;
-
     int64_t in_features() const { return in_features_; }
     int64_t out_features() const { return out_features_; }
     int64_t bytes() const { return bytes_; }
 
   private:
-    int threads_for(int64_t begin, int64_t end, int most) const;
-
     std::vector<Segment> segments_;
     int64_t in_features_, out_features_ = 0, bytes_ = 0;
     bool has_blocks_ = false;  // any segment but BF16

@@ -7,15 +7,12 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <functional>
 #include <memory>
 #include <thread>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-
-#include "kernels.h"
 
 namespace kvshare {
 
@@ -36,40 +33,12 @@ class Wait {
 
 class Team;
 
-using FirstReads = std::function<Run(int thread, int threads)>;  // what one of some threads reads first in a piece of work
-
-// Asking the memory for what comes next while there is nothing else to do.
-class Upcoming {
-  public:
-    void expect(const FirstReads* reads, int thread, int threads) {
-        if (reads == of_) return;
-        of_ = reads;
-        left_ = reads ? (*reads)(thread, threads) : Run{};
-    }
-    const uint8_t* next() const { return left_.at < left_.end ? left_.at : nullptr; }
-
-    // Some lines of it, into the second cache; false where all was asked for.
-    bool ask() {
-        if (!next()) return false;
-        for (int line = 0; line < LINES; line++) __builtin_prefetch(left_.at + 64 * line, 0, 2);
-        left_.at += 64 * LINES;
-        return true;
-    }
-
-  private:
-    static constexpr int LINES = 8;  // the wait may be over any moment
-
-    const FirstReads* of_ = nullptr;
-    Run left_{};
-};
-
 // What one thread is of those that share a piece of work.
 struct Share {
     int index, count;
     Team* team;  // nullptr: a parallel region's
 
     void wait_for_all() const;  // all must come here, and none goes on before
-    const uint8_t* upcoming() const;  // what this thread will read after this work, as far as it is known and was not asked for; or nullptr
     // run(i) for this one's part of 0 ... count - 1.
     template <typename Run>
     void each(int64_t num, Run run) const {
@@ -87,14 +56,6 @@ class Team {
 
     int size() const { return size_; }
 
-    // What will be read first in a piece of work after the next one; nullptr: unknown. It must stay until another is expected.
-    void expect(const FirstReads* reads) { expected_.store(reads, std::memory_order_release); }
-    Upcoming& upcoming(int index) {
-        const FirstReads* reads = expected_.load(std::memory_order_acquire);
-        seats_[index].upcoming.expect(reads, index, reads ? size_ : 1);
-        return seats_[index].upcoming;
-    }
-
     // work(share) in the first `count` members, the leader among them. It must not throw: the others would wait for it forever.
     template <typename Run>
     void run(int count, const Run& work) {
@@ -105,8 +66,7 @@ class Team {
         for (int i = 1; i < count; i++) seats_[i].posted.store(generation_, std::memory_order_release);
         call_(work_, {0, count, this});
         for (int i = 1; i < count; i++)
-            for (Wait wait; seats_[i].done.load(std::memory_order_acquire) != generation_;)
-                if (!upcoming(0).ask()) wait.once();
+            for (Wait wait; seats_[i].done.load(std::memory_order_acquire) != generation_;) wait.once();
     }
 
     void wait_for_all(int count) {
@@ -123,8 +83,7 @@ class Team {
     void serve(int index) {
         Seat& seat = seats_[index];
         for (uint32_t seen = 0, posted;; seen = posted) {
-            for (Wait wait; (posted = seat.posted.load(std::memory_order_acquire)) == seen;)
-                if (!upcoming(index).ask()) wait.once();
+            for (Wait wait; (posted = seat.posted.load(std::memory_order_acquire)) == seen;) wait.once();
             if (posted == CLOSED) return;
             call_(work_, {index, count_, this});
             seat.done.store(posted, std::memory_order_release);
@@ -138,7 +97,6 @@ class Team {
     struct Seat {
         alignas(64) std::atomic<uint32_t> posted{0};  // the generation of the newest piece of work that this member takes part in
         alignas(64) std::atomic<uint32_t> done{0};
-        Upcoming upcoming;  // the member's own
     };
 
     std::unique_ptr<Seat[]> seats_;
@@ -146,7 +104,6 @@ class Team {
     void (*call_)(const void*, const Share&) noexcept = nullptr;
     int count_ = 1, size_ = 1;
     uint32_t generation_ = 0;
-    alignas(64) std::atomic<const FirstReads*> expected_{nullptr};
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> phase_{0};
 };
@@ -187,8 +144,6 @@ inline void Share::wait_for_all() const {
 #pragma omp barrier
     }
 }
-
-inline const uint8_t* Share::upcoming() const { return team ? team->upcoming(index).next() : nullptr; }
 
 // How many threads can share a piece of work.
 inline int most_threads() { return team ? team->size() : omp_get_max_threads(); }
