@@ -68,6 +68,7 @@ void decode_strip(const uint8_t* from, int64_t k, uint16_t* to) {
     constexpr int halves = Format::halves, unit = Format::unit * 32, at_once = 256;
     const int64_t blocks = k / shape_of(T).weights;
     InterleavedStrip<T> strip(from, blocks);
+    LinesAhead lines(from + STREAM_AHEAD, STREAM_AHEAD);  // into the strip behind this one, which is decoded next
     Format reader;
     constexpr bool looked_up = Format::levels <= 32;  // in a table of a group's numbers, which fits a register
     const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -84,6 +85,7 @@ void decode_strip(const uint8_t* from, int64_t k, uint16_t* to) {
         strip.open(block);
         reader.open(strip);
         for (int i = 0; i < Format::groups / Format::unit; i++) {
+            lines.ask<int(LANES * shape_of(T).bytes * Format::unit / Format::groups)>();
             Unpacked<Format::unit, halves> unpacked;
             reader.unpack(strip, i, unpacked);
             each<Format::unit>([&](auto g) __attribute__((always_inline)) {
