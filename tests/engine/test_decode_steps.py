@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +151,26 @@ def test_instruction_set_and_threads_may_change() -> None:
                 run.replays(2)
     finally:
         torch.set_num_threads(before)
+
+
+RECORDS = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import torch
+from engine.test_decode_steps import Sequences
+run = Sequences(1, "bf16", torch.bfloat16)
+for _ in range(3):
+    run.step()
+run.replays(1)
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_recording_does_not_import_a_compiler() -> None:
+    """It would take a second of somebody's first answer."""
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    found = subprocess.run([sys.executable, "-c", RECORDS, *paths], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
 
 
 class Changed(nn.Module):

@@ -109,6 +109,11 @@ class _Recorder(TorchDispatchMode):
         self.kept: list[object] = []
         self._recorded = 0  # native calls that are in `parts`
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would import its compiler, which takes a second, to keep it away from this class: nothing here is compiled."""
+        return False
+
     def close_native_calls(self) -> None:
         if len(self.native) > self._recorded:
             self.parts.append((self._recorded, len(self.native)))
