@@ -71,6 +71,13 @@ def test_a_tokens_experts_do_not_depend_on_its_neighbours(isa: str) -> None:
             assert torch.equal(together[one], layer(x[one], chosen[one], weights[one]))
 
 
+def test_a_token_may_name_an_expert_more_than_once(isa: str, both: Both) -> None:
+    """As a faulty table of choices does; no buffer is then too small."""
+    layer, x = experts_of(swiglu), random(16, HIDDEN, dtype=torch.bfloat16)
+    _, weights = choices(16, 4)
+    assert_equal(*both(lambda x: layer(x, torch.full((16, 4), 2), weights), x), 4.0)
+
+
 def test_an_expert_that_is_not_there_is_refused() -> None:
     layer, x = experts_of(swiglu), random(1, HIDDEN, dtype=torch.bfloat16)
     with torch.no_grad(), pytest.raises(IndexError, match="expert 7 of 6"):
