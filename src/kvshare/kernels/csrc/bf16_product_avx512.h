@@ -1,7 +1,8 @@
-// Products of bfloat16 weights with few rows of activations for AVX512-BF16; both are read as they are. Sixteen sums at a time, each a whole register:
-// of four rows of weights and up to four of activations, or of two and up to eight. Activations are taken a block of numbers at a time that stays in the
-// first-level cache while rows of weights go by; what is summed up so far waits in memory for the next block, so that a result does not depend on the
-// blocks, and with them on the rows beside it. Included once by avx512_products.cpp inside its namespace.
+// Products of bfloat16 weights with few rows of activations for AVX512-BF16; both are read as they are. One row of activations meets short rows of
+// weights one by one. Otherwise there are sixteen sums at a time, each a whole register: of four rows of weights and up to four of activations, or of
+// two and up to eight. Activations are taken a block of numbers at a time that stays in the first-level cache while rows of weights go by; what is
+// summed up so far waits in memory for the next block, so that a result does not depend on the blocks, and with them on the rows beside it.
+// Included once by avx512_products.cpp inside its namespace.
 #pragma once
 
 namespace bf16_product {
@@ -11,6 +12,8 @@ constexpr int64_t BLOCK_BYTES = 24 << 10;  // of activations: with the weights o
 constexpr int64_t WHOLE_BYTES = 32 << 10;  // up to so many are better off in one block: each row of weights is read in one go
 constexpr int64_t STRIP = 32;              // rows of weights whose sums wait at the same time
 constexpr int64_t LINE = 32;               // numbers in a cache line, and in a register
+constexpr int64_t SHORT_ROW = 4096;        // numbers: one row of activations meets so short rows of weights one by one, longer ones by fours
+constexpr int64_t IN_ORDER_AHEAD = 4096;   // numbers that are asked for before their turn where rows go one by one
 
 constexpr int rows_together(int rows) { return rows > 4 ? 2 : 4; }  // of weights, for so many of activations
 
@@ -78,9 +81,10 @@ void multiply_tile(const uint16_t* weights, int64_t k, const uint16_t* x, const 
         });
         x += Rows * LINE;
     };
+    constexpr bool asks = Rows > 1;  // the processor foresees few long streams by itself, and reads faster when it is not asked
     RowsAhead<together> lines(ahead, k, block.whole);
     for (int64_t i = 0; i < block.whole; i += LINE) {
-        lines.ask();
+        if constexpr (asks) lines.ask();
         add([](const uint16_t* p) __attribute__((always_inline)) { return _mm512_loadu_si512(p); }, i);
     }
     if (block.rest) add([&](const uint16_t* p) __attribute__((always_inline)) { return _mm512_maskz_loadu_epi16(block.rest, p); }, block.whole);
@@ -98,7 +102,32 @@ void multiply_tile(const uint16_t* weights, int64_t k, const uint16_t* x, const 
 constexpr decltype(&multiply_tile<1>) of_rows[] = {nullptr,          multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,
                                                    multiply_tile<5>, multiply_tile<6>, multiply_tile<7>, multiply_tile<8>};
 
+// One row of activations: rows of weights one behind another, as memory likes to be read. The sums are those of a tile, bit for bit.
+inline void multiply_in_order(const uint16_t* weights, int64_t count, int64_t k, const uint16_t* x, float* y) {
+    const int64_t whole = k / LINE * LINE;
+    const __mmask32 rest = (1u << k % LINE) - 1;
+    for (int64_t n = 0; n < count; n += SUMS) {
+        const int present = int(std::min<int64_t>(SUMS, count - n));
+        __m512 sums[SUMS];
+        for (int j = 0; j < SUMS; j++) {
+            sums[j] = _mm512_setzero_ps();
+            if (j >= present) continue;
+            const uint16_t* row = weights + (n + j) * k;
+            __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 4
+            for (int64_t i = 0; i < whole; i += LINE) {
+                _mm_prefetch(reinterpret_cast<const char*>(row + i + IN_ORDER_AHEAD), _MM_HINT_T0);
+                add_pairs(sum, _mm512_loadu_si512(row + i), _mm512_loadu_si512(x + i));
+            }
+            if (rest) add_pairs(sum, _mm512_maskz_loadu_epi16(rest, row + whole), _mm512_maskz_loadu_epi16(rest, x + whole));
+            sums[j] = sum;
+        }
+        _mm512_mask_storeu_ps(y + n, __mmask16((1u << present) - 1), sums_of(sums));
+    }
+}
+
 inline void multiply(const uint16_t* weights, int64_t count, int64_t k, const uint16_t* x, int rows, float* y, int64_t stride, const uint16_t* ahead) {
+    if (rows == 1 && k <= SHORT_ROW) return multiply_in_order(weights, count, k, x, y);
     const int together = rows_together(rows);
     if (rows > 1) x = side_by_side(x, rows, k);
     const int64_t most = BLOCK_BYTES / 2 / rows, blocks = 2 * k * rows <= WHOLE_BYTES ? 1 : (k + most - 1) / most, unit = together * LINE;
