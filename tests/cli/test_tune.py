@@ -11,7 +11,7 @@ from cli.command import Command
 
 from kvshare import LLM, SamplingParams
 from kvshare.errors import ConfigError
-from kvshare.evaluation.divergence import divergences
+from kvshare.evaluation.divergence import Sums, divergences
 from kvshare.layout import CacheLayout, LayerCache, Stream
 from kvshare.layout.precision import describe_precision, read_precision
 from kvshare.planner import plan
@@ -104,6 +104,14 @@ def test_an_interrupted_tuning_leaves_the_best_so_far_and_goes_on_later(tmp_path
     assert len(Journal(file)) == len(kept) > 3
     kept.forget()
     assert len(Journal(file)) == 0
+
+
+def test_a_journal_that_cannot_be_written_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    journal = Journal(tmp_path / "file" / "journal.jsonl")
+    journal["one"] = Sums(0.5, 0.5, 1, 1)
+    assert journal["one"].kl == 0.5
+    assert str(tmp_path) in journal.failure
 
 
 def test_a_journal_is_of_one_text_and_of_files_as_they_are(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

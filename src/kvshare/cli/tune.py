@@ -84,7 +84,9 @@ def tune(
     with progress_bar("measuring", unit="forward passes") as progress:
         found = tune_model(llm.model, windows, target_kl, names, min(length, llm.layout.max_context or length), progress, journal)
     if found.interrupted:
-        typer.echo("interrupted: this is the best that was found so far. The same command goes on where this one stopped.", err=True)
+        lost = f"What was measured could not be kept ({journal.failure})."
+        again = lost if journal.failure else "The same command goes on where this one stopped."
+        typer.echo(f"interrupted: this is the best that was found so far. {again}", err=True)
     else:
         journal.forget()
     result = to_json(found, llm.layout, llm.origin)

@@ -15,11 +15,11 @@ from kvshare.evaluation.divergence import Sums
 class Journal(MutableMapping[str, Sums]):
     """Measurements by name, a line each in a file that `forget` removes. A line that was torn off in the middle is measured again.
 
-    Where the file cannot be written they are kept in memory.
+    Where the file cannot be written they are kept in memory, and `failure` says why.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.failure = path, ""
         self._found: dict[str, Sums] = {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
@@ -37,8 +37,8 @@ class Journal(MutableMapping[str, Sums]):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("\n" + json.dumps([name, found]))  # in front: the line before may have been torn off
-        except OSError:
-            return
+        except OSError as error:
+            self.failure = str(error)
 
     def __delitem__(self, name: str) -> None:
         del self._found[name]
