@@ -6,6 +6,7 @@
 The engines run in turn, each alone in its process, for several rounds; ratios are taken within a round and their median is quoted.
 Before and after each engine the machine's read bandwidth and bf16 matrix peak are measured, the bandwidth also right before and after each
 engine's decode steps: they are timed again where it moved meanwhile, and rounds in which it was another one for another engine are marked.
+With --patience 120, engines wait that long at most for the bandwidth that the round's first one met.
 llama.cpp is found through LLAMA_CPP_BIN (its programs) and LLAMA_CPP (its source tree, for the converter), vLLM through VLLM_PYTHON.
 """
 
@@ -17,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.bandwidth import Bandwidth, Point
 from benchmarks.engines import ENGINES, engine_named
 from benchmarks.models import Model, prepare
 from benchmarks.report import said, save_plots, tables
-from benchmarks.running import Point, run_engine
+from benchmarks.running import run_engine
 from benchmarks.shapes import SHAPES
 from benchmarks.work import Work
 from kvshare.benchmark.machine import ReadProbe, measure, processor_name
@@ -60,13 +62,14 @@ def main() -> None:
         "dtype": options.dtype,
         "threads": options.threads,
         "limit_s": options.limit,
+        "patience_s": options.patience,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "machine": {**environment(), "processor": processor_name()},
         "rows": [],
     }
-    reads = ReadProbe()
+    bandwidth = Bandwidth(ReadProbe(), options.patience)
     for number in range(options.rounds):
-        for row in run_round(number, engines if number % 2 == 0 else engines[::-1], model, work, points, reads, options):
+        for row in run_round(number, engines if number % 2 == 0 else engines[::-1], model, work, points, bandwidth, options):
             document["rows"].append(row)
             _write(document, begun, options.json)  # what is there if somebody stops it
     _write(document, begun, options.json)
@@ -81,16 +84,17 @@ def run_round(
     model: Model,
     work: Mapping[str, Work],
     points: Sequence[Point],
-    reads: Callable[[], float],
+    bandwidth: Bandwidth,
     options: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """Every engine once over all points, each measurement as soon as it is there."""
     console, before = Console(stderr=True, highlight=False), measure()
     console.print(f"round {number + 1}: load {os.getloadavg()[0]:.2f}")
     settings = {"decode": options.decode, "dtype": options.dtype}
+    bandwidth.begin_round()
     for name in engines:
         file, own, rows = model.file_for(engine_named(name)), work[name], list[dict[str, Any]]()
-        for found in run_engine(name, str(file), points, settings, options.threads, options.limit, reads):
+        for found in run_engine(name, str(file), points, settings, options.threads, options.limit, bandwidth):
             needed = own.of(found["context"], found["batch"], options.decode)
             console.print("  ", f"{name}, {found['context']:,} x {found['batch']}: {_said(found)}", markup=False, soft_wrap=True)
             rows.append({"round": number, "engine": name, **asdict(before), **needed, **found})
@@ -146,6 +150,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--limit", type=float, default=600, help="seconds that loading, and each point, may take")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0,
+        help="seconds that an engine may wait before its decode steps until the machine reads as fast as around the round's first engine",
+    )
     parser.add_argument(
         "--where", type=Path, default=Path.home() / ".cache" / "kvshare" / "benchmarks", help="where made checkpoints are kept"
     )

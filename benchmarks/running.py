@@ -11,28 +11,27 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
+from benchmarks.bandwidth import Bandwidth, Point
 from benchmarks.engines import engine_named
 from benchmarks.memory import MemoryWatch
-
-Point = tuple[int, int]
-"""Context and batch."""
 
 SETTLE_SECONDS = 0.02  # threads of an engine wait for work this long before they sleep
 
 
 def run_engine(
-    name: str, model: str, points: Sequence[Point], settings: dict[str, Any], threads: int, limit: float, reads: Callable[[], float]
+    name: str, model: str, points: Sequence[Point], settings: dict[str, Any], threads: int, limit: float, bandwidth: Bandwidth
 ) -> Iterator[dict[str, Any]]:
     """The rows of one engine, a point after the other as they are there. `settings`: what every engine's `run` takes besides.
 
     Loading, and each point, may take `limit` seconds. A point that takes longer ends the process: it is reported as `unfinished_s`, and so
     is every later one without being tried. Nor is one tried whose prompts would take longer at the pace of the one before, since a token of
     a longer prompt is no less work: `at_least_s`. An engine that fails reports its last line as `error` for what it did not measure.
-    Whenever the engine asks for the bandwidth, it stands still and `reads` is called here: all engines are measured by the same.
+    Whenever the engine asks for the bandwidth, it stands still and `bandwidth` measures here: the same for all engines. The first time at
+    each point that may keep it waiting, which does not count against the limit.
     """
     engine = engine_named(name)
     python = os.environ.get(engine.python or "", sys.executable)
@@ -51,14 +50,18 @@ def run_engine(
         )
         watch = MemoryWatch(process.pid)
         watch.start()
+        asked = 0  # since the last measurement
         left, pace = list(points), None  # seconds a token of the last prompts, where that already says that the next ones take too long
         try:
             for row in _rows(process, limit):
                 if "ask" in row:
-                    _answer(process, reads)
+                    _answer(process, bandwidth, None if asked or not left else left[0])
+                    asked += 1
                 if "context" not in row:
                     continue
-                left.remove((row["context"], row["batch"]))
+                asked = 0
+                left.remove(point := (row["context"], row["batch"]))
+                bandwidth.met(point, row.get("around_gb_s", ()))
                 yield {**row, "peak_rss_bytes": watch.peak_rss_bytes, "peak_anonymous_bytes": watch.peak_anonymous_bytes}
                 if pace := pace_of_the_hopeless(row, left, limit):
                     break
@@ -78,11 +81,13 @@ def run_engine(
         yield {"context": context, "batch": batch, **({"at_least_s": pace * context * batch, "limit_s": limit} if pace else failure)}
 
 
-def _answer(process: subprocess.Popen[str], reads: Callable[[], float]) -> None:
+def _answer(process: subprocess.Popen[str], bandwidth: Bandwidth, point: Point | None) -> None:
+    """`point`: which the engine is about to time."""
     time.sleep(SETTLE_SECONDS)
+    speed = bandwidth.now() if point is None else bandwidth.before(point)
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # it died: what it left behind is said by `run_engine`
-        print(json.dumps(reads()), file=process.stdin, flush=True)
+        print(json.dumps(speed), file=process.stdin, flush=True)
 
 
 def pace_of_the_hopeless(row: Mapping[str, Any], left: Sequence[Point], limit: float) -> float | None:

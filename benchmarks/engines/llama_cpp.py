@@ -26,6 +26,7 @@ def run(model: str, points: list[list[int]], decode: int, dtype: str, flash: str
     for context, batch in points:
         room = -(-(context + decode + 8) // 256) * 256 * batch
         words = [program, "-m", model, "-t", os.environ["OMP_NUM_THREADS"], "-fa", flash, "-c", str(room), "--output-format", "jsonl"]
+        ask_bandwidth()  # of no use before the prompt is read, but the machine may be waited for here
         words += ["-npp", str(context), "-ntg", str(decode), "-npl", str(batch), "-v"]
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         after = ask_bandwidth()

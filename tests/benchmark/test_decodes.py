@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures import tiny_llama
 
+from benchmarks.bandwidth import PAUSE_SECONDS, Bandwidth
 from benchmarks.engines.decodes import ATTEMPTS, decodes
 from benchmarks.report import tables
 from benchmarks.running import run_engine
@@ -92,13 +93,50 @@ def test_the_highest_bandwidth_around_the_steps_is_the_limit() -> None:
     assert ours.read_share == pytest.approx(40 / 46)
 
 
+def probe(*speeds: float) -> Callable[[], float]:
+    left = iter(speeds)
+    return lambda: next(left)
+
+
+def test_later_engines_wait_for_the_machine_that_the_first_one_met() -> None:
+    slept = list[float]()
+    bandwidth = Bandwidth(probe(80.0, 45.0, 46.0, 82.0, 45.0, 80.0), 60, slept.append)
+    assert bandwidth.before((512, 1)) == 80.0  # nobody was there before
+    bandwidth.met((512, 1), [80.0, 78.0])
+    bandwidth.met((512, 1), [46.0])  # of a later engine: it does not count
+    assert bandwidth.before((512, 1)) == 82.0
+    assert slept == [PAUSE_SECONDS] * 2
+    assert bandwidth.before((4096, 1)) == 45.0  # another point
+    bandwidth.begin_round()
+    assert bandwidth.before((512, 1)) == 80.0
+
+
+def test_waiting_ends_with_the_patience() -> None:
+    slept = list[float]()
+    bandwidth = Bandwidth(lambda: 45.0, 3 * PAUSE_SECONDS, slept.append)
+    bandwidth.met((512, 1), [80.0])
+    assert bandwidth.before((512, 1)) == 45.0
+    assert len(slept) == 3
+
+
+def test_only_the_first_question_at_a_point_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real engine, two points: it is kept waiting before it times its steps, and never between them and the measurement behind."""
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    slept = list[float]()
+    bandwidth = Bandwidth(probe(80.0, 80.0, *(45.0, 80.0, 45.0, 45.0)), 60, slept.append)
+    bandwidth.met((24, 1), [80.0])
+    rows = list(run_engine("kvshare", str(tiny_llama(tmp_path)), [(16, 1), (24, 1)], {"decode": 2, "dtype": "float32"}, 1, 120, bandwidth))
+    assert [each["around_gb_s"] for each in rows] == [[80.0, 80.0], [45.0, 45.0]]  # the second point: 45, waited, 80, steps, 45, again, 45
+    assert slept == [PAUSE_SECONDS]
+
+
 def test_engines_ask_and_the_benchmark_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two real engines in processes of their own, while the bandwidth is said to jump after the first question."""
     model = tiny_llama(tmp_path)
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
     for name in ("kvshare", "transformers"):
-        speeds: Iterator[float] = iter([40.0, 80.0, 80.0])
-        rows = list(run_engine(name, str(model), [(24, 1)], {"decode": 2, "dtype": "float32"}, 1, 120, lambda speeds=speeds: next(speeds)))
+        bandwidth = Bandwidth(probe(40.0, 80.0, 80.0), 0)
+        rows = list(run_engine(name, str(model), [(24, 1)], {"decode": 2, "dtype": "float32"}, 1, 120, bandwidth))
         assert [each["around_gb_s"] for each in rows] == [[80.0, 80.0]], rows
         assert [(each["before_gb_s"], each["after_gb_s"]) for each in rows[0]["decodes"]] == [(40.0, 80.0), (80.0, 80.0)]
 

@@ -83,9 +83,13 @@ def decode_share(each: Row) -> float | None:
 
 
 def same_regime(*rows: Row) -> bool:
-    """Whether the machine read equally fast around the decode steps of all rows, within `SAME_REGIME`."""
-    found = [speed for each in rows for speed in decode_reads(each)]
-    return not found or max(found) <= SAME_REGIME * min(found)
+    """Whether the machine read equally fast around the decode steps of all rows."""
+    return in_one_regime([speed for each in rows for speed in decode_reads(each)])
+
+
+def in_one_regime(speeds: Sequence[float]) -> bool:
+    """Whether bandwidths are equal within `SAME_REGIME`."""
+    return not speeds or max(speeds) <= SAME_REGIME * min(speeds)
 
 
 def _readable(each: Row) -> float:
