@@ -16,7 +16,7 @@ from kvshare.cache.tables import SequenceCache
 from kvshare.checkpoints.tokenizer import Tokenizer
 from kvshare.engine.outputs import FinishReason, Metrics, RequestOutput, Update
 from kvshare.engine.runner import Runner
-from kvshare.engine.sampler import logprobs_of, sample
+from kvshare.engine.sampler import logprobs_of
 from kvshare.engine.sampling import SamplingParams
 from kvshare.engine.scheduler import Scheduler
 from kvshare.engine.sequence import Request, Sequence
@@ -123,11 +123,11 @@ class Engine:
     def _advance(self, sequence: Sequence, logits: Tensor) -> list[Update]:
         """Choose the next token of a sequence from its logits [vocab] and decide whether it goes on."""
         params, output = sequence.params, sequence.output
-        raw = logits.clone() if params.logprobs is not None else logits
-        token = sample(logits, params, sequence.generator, sequence.request.prompt_token_ids, output.token_ids)
+        raw = logits.clone() if params.logprobs is not None and sequence.sampler.penalises else logits
+        token = sequence.sampler.choose(logits)
         logprobs = None
         if params.logprobs is not None and output.logprobs is not None:
-            logprobs = logprobs_of(raw[None], torch.tensor([token]), params.logprobs)[0]
+            logprobs = logprobs_of(raw[None], [token], params.logprobs)[0]
             output.logprobs.append(logprobs)
         if sequence.first_token_time is None:
             sequence.first_token_time = time.monotonic()

@@ -89,7 +89,7 @@ class Runner:
         for start in range(0, len(targets), HEAD_ROWS):
             part = targets[start : start + HEAD_ROWS]
             logits = self.model.logits(hidden[start : start + len(part)])
-            recorded.extend(logprobs_of(logits, torch.tensor(part), sequence.params.prompt_logprobs or 0))
+            recorded.extend(logprobs_of(logits, part, sequence.params.prompt_logprobs or 0))
 
 
 def _decodes(sequence: Sequence, count: int) -> bool:

@@ -6,11 +6,10 @@ import random
 import time
 from dataclasses import dataclass, field
 
-import torch
-
 from kvshare.cache.tables import SequenceCache
 from kvshare.checkpoints.incremental import IncrementalDecoder
 from kvshare.engine.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from kvshare.engine.sampler import Sampler
 from kvshare.engine.sampling import SamplingParams
 from kvshare.engine.stopping import StopStrings
 
@@ -41,7 +40,7 @@ class Sequence:
         self.tokens = list(request.prompt_token_ids)
         self.output = CompletionOutput(index, logprobs=[] if request.params.logprobs is not None else None)
         self.decoder, self.stops = decoder, StopStrings(request.params.stop)
-        self.generator = torch.Generator().manual_seed(_seed(request.params.seed, index))
+        self.sampler = Sampler(request.params, request.prompt_token_ids, _seed(request.params.seed, index))
         self.peak_pages = 0
         self.prompt_rows = 0
         self.tail_rows_skipped = 0

@@ -27,6 +27,7 @@ void bind_recurrent(nb::module_& m);
 void bind_experts(nb::module_& m);
 void bind_program(nb::module_& m);
 void bind_read_memory(nb::module_& m);
+void bind_sampling(nb::module_& m);
 
 NB_MODULE(_kernels, m) {
     nb::set_leak_warnings(false);  // a model that a script still holds when it ends is no leak
@@ -82,4 +83,5 @@ NB_MODULE(_kernels, m) {
     bind_experts(m);
     bind_program(m);
     bind_read_memory(m);
+    bind_sampling(m);
 }

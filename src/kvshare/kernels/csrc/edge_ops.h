@@ -85,4 +85,6 @@ inline int64_t first_of(const float* x, int64_t count, float value) {
     return 0;
 }
 
-constexpr EdgeOps edge_ops = {turn, gather, largest, first_of};
+#include "sampling_ops.h"
+
+constexpr EdgeOps edge_ops = {turn, gather, largest, first_of, sampling_ops};

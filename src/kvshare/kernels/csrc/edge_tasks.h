@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "sampling_tasks.h"
+
 namespace kvshare {
 
 // factor * cos and factor * sin of position * inverse: [rows, pairs] each.
@@ -28,6 +30,7 @@ struct EdgeOps {
     void (*gather)(const GatherTask& task, bool bf16, int64_t begin, int64_t end);
     float (*largest)(const float* x, int64_t count);                  // a NaN counts as infinity
     int64_t (*first_of)(const float* x, int64_t count, float value);  // where `value`, which `largest` gave, stands first
+    SamplingOps sampling;
 };
 
 }  // namespace kvshare
