@@ -11,8 +11,8 @@ from torch import Tensor
 from kvshare import kernels
 from kvshare.checkpoints.block_encoding import block_type, encode_blocks, encode_in_torch
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
+from kvshare.kernels.native import ISAS
 
-ISAS = ["avx512", "avx2", "plain"]
 FORMS = [("int8", 96, "Q8_0"), ("int4", 96, "Q4_1"), ("int4", 512, "Q4_K")]
 
 

@@ -10,6 +10,7 @@ from kvshare import kernels
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.gguf_header import BLOCK_TYPES
 from kvshare.kernels.block_rows import decode_rows
+from kvshare.kernels.native import ISAS
 from kvshare.kernels.quantized_weight import BLOCK_TYPES as NAMES
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.reason_unavailable()}")
@@ -22,7 +23,7 @@ def table(name: str, width: int = WIDTH) -> PackedBlocks:
     return PackedBlocks(next(form for form in BLOCK_TYPES.values() if form.name == name), (40, width), torch.from_numpy(data))
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "plain"])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_and_columns_are_those_of_torch(name: str, isa: str) -> None:
     blocks, rows = table(name), torch.tensor([39, 0, 7, 7, 21, 3, 4, 5, 6, 30])

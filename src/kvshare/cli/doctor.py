@@ -148,7 +148,10 @@ def _describe(as_json: bool) -> None:
     table.add_row("packages", ", ".join(f"{name} {number or 'not installed'}" for name, number in found["packages"].items()))
     table.add_row("threads", f"{threads['torch']} for torch, {threads['cores']} cores")
     table.add_row("processor", f"{', '.join(found['instruction_sets']) or 'unknown instruction sets'}; torch runs {found['torch_runs']}")
-    table.add_row("native kernels", kernels["runs"] if kernels["built"] else f"not there, plain torch runs instead: {kernels['reason']}")
+    untimed = "; tested in an emulator of AMX, never timed: KVSHARE_ISA=avx512 does without" if kernels["runs"] == "amx" else ""
+    table.add_row(
+        "native kernels", kernels["runs"] + untimed if kernels["built"] else f"not there, plain torch runs instead: {kernels['reason']}"
+    )
     table.add_row("memory", f"{format_bytes(memory['available'])} of {format_bytes(memory['total'])} available")
     table.add_row("devices", ", ".join(f"{name} {state}" for name, state in found["devices"].items()))
     for name, state in found["weights"].items():

@@ -12,7 +12,7 @@ import torch  # noqa: F401  # first: the kernels take their OpenMP, one pool of 
 
 from kvshare.errors import RequestError
 
-ISAS = ("avx512", "avx2", "plain")  # best first
+ISAS = ("amx", "avx512", "avx2", "plain")  # best first
 
 
 @cache
@@ -43,7 +43,7 @@ def reason_unavailable() -> str:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "plain"; "torch" without kernels."""
+    """The instruction set in use, one of `ISAS`; "torch" without kernels."""
     return module().isa() if available() else "torch"
 
 

@@ -103,7 +103,7 @@ def _sum(
 
 def takes_gates(gate: Tensor, up: Tensor) -> bool:
     """Whether `gated` takes these: `takes`, two matrices of one type, and not many rows where torch's exponential is the faster one."""
-    if gate.shape[0] > _FEW_ROWS and isa() != "avx512":
+    if gate.shape[0] > _FEW_ROWS and isa() not in ("amx", "avx512"):
         return False
     return takes(gate) and gate.dim() == 2 and gate.dtype == up.dtype and gate.shape == up.shape and up.stride(-1) == 1
 

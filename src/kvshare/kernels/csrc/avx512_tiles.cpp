@@ -21,6 +21,7 @@ namespace {
 #include "row_decode.h"
 #include "row_encode.h"
 #include "lanes_avx512.h"
+#include "tile_softmax.h"
 #include "tile_kernel.h"
 #include "index_kernel.h"
 #include "key_rebuild.h"

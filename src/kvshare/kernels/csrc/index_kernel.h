@@ -1,6 +1,6 @@
 // Scores of an indexer's keys, sum over heads of weight * max(0, q . k), for the queries of one token: heads are the lanes of vectors, as in the
 // tile kernel, whose products these are. What a row scores depends on that row and that token alone.
-// Included once by each file of a set inside that set's namespace, behind tile_kernel.h.
+// Included once by each file of a set inside that set's namespace, behind the products of rows and vectors.
 #pragma once
 
 constexpr int SCORED_ROWS = 48;  // at once: their products with 64 heads stay in the first-level cache
@@ -8,27 +8,11 @@ static_assert(TILE_ROWS % SCORED_ROWS == 0 && SCORED_ROWS % LANES == 0);
 
 inline void score_rows_by_heads(const uint8_t* const* rows, const IndexQuery& query, float* scores) {
     alignas(64) float products[SCORED_ROWS * MOST_VECTORS * LANES];
-    const NextRows none(nullptr, 0, 1);
     for (int begin = 0; begin < TILE_ROWS; begin += SCORED_ROWS) {
         Lanes sums[SCORED_ROWS] = {};
         for (int first = 0; first < query.vectors; first += MOST_VECTORS) {
             const int vectors = query.vectors - first < MOST_VECTORS ? query.vectors - first : MOST_VECTORS, stride = query.vectors * LANES;
-            const uint32_t* heads = query.packed + first * LANES;
-            const auto multiply = [&]<int Rows, int Vectors>(int vector) {
-                for (int t = 0; t < SCORED_ROWS; t += Rows)
-                    score<Rows, Vectors, false>(rows + begin + t, heads + vector * LANES, 0, query.width / 2, stride, none, products + t * MOST_VECTORS * LANES + vector * LANES,
-                                                MOST_VECTORS * LANES);
-            };
-            if constexpr (WIDE) {
-                switch (vectors) {
-                    case 4: multiply.template operator()<6, 4>(0); break;
-                    case 3: multiply.template operator()<8, 3>(0); break;
-                    case 2: multiply.template operator()<12, 2>(0); break;
-                    default: multiply.template operator()<12, 1>(0);
-                }
-            } else {
-                for (int vector = 0; vector < vectors; vector++) multiply.template operator()<4, 1>(vector);
-            }
+            multiply_rows(rows + begin, SCORED_ROWS, query.packed + first * LANES, query.width / 2, vectors, stride, products);
             for (int vector = 0; vector < vectors; vector++) {
                 const Lanes weight = load<Lanes>(query.weights + (first + vector) * LANES);
                 for (int t = 0; t < SCORED_ROWS; t++) sums[t] += weight * larger(load<Lanes>(products + (t * MOST_VECTORS + vector) * LANES), Lanes{});

@@ -20,6 +20,7 @@ namespace avx2 {
 #include "row_encode.h"
 #include "attention.h"
 #include "lanes_plain.h"
+#include "tile_softmax.h"
 #include "tile_kernel.h"
 #include "index_kernel.h"
 #include "key_rebuild.h"

@@ -135,10 +135,10 @@ struct Isa {
     uint64_t (*read_memory)(const uint8_t* from, int64_t bytes, int streams, int64_t run, int64_t ahead);
 };
 
-// The sets that this build knows, best first; `usable` asks the processor. A set for AMX goes in front, with its own file and flags.
+// The sets that this build knows, best first; dispatch.cpp asks the processor.
 extern const Isa isa_plain;
 #if defined(__x86_64__)
-extern const Isa isa_avx2, isa_avx512;
+extern const Isa isa_avx2, isa_avx512, isa_amx;
 #endif
 const Isa* isa_named(const char* name);  // nullptr: unknown, or this processor lacks it
 const Isa* best_isa();

@@ -9,13 +9,16 @@ constexpr int TILE_ROWS = 96;     // rows of the cache in a tile: scores and wei
 constexpr int MOST_VECTORS = 4;   // of the queries that are multiplied at once
 constexpr int PANEL = 24;         // value columns that lie together, for every number of columns that a kernel takes at once
 
+// Columns that there is room for in sums and packed values: whole panels, and whole tiles of 16.
+constexpr int64_t padded(int64_t width) { return (width + 2 * PANEL - 1) / (2 * PANEL) * (2 * PANEL); }
+
 // Up to 64 queries that attend to rows of the same head, one in each lane of `vectors` vectors, and what has been summed up for them.
 struct TileQueries {
     int vectors, key_width, value_width;
     float scale, softcap;       // softcap 0: none
     uint32_t* packed;           // [key_width / 2, vectors * 16] pairs of bfloat16
     float *maximum, *weight;    // [vectors * 16] of the scores in powers of two, and sum of 2^(score - maximum)
-    float* out;                 // [value_width up to a multiple of PANEL, vectors * 16] sum of 2^(score - maximum) * value
+    float* out;                 // [padded(value_width), vectors * 16] sum of 2^(score - maximum) * value
     const int32_t *first, *end;  // [vectors * 16] the rows that each query sees
 };
 
@@ -23,7 +26,7 @@ struct TileQueries {
 struct Tile {
     const uint8_t *k[TILE_ROWS], *v[TILE_ROWS];
     int first;
-    uint32_t* values;  // [panels, TILE_ROWS / 2, PANEL] pairs of rows of v, see `pack_values`
+    uint32_t* values;  // [padded(value_width) * TILE_ROWS / 2] pairs of rows of v, as the set's own `pack_values` lays them: [panels, TILE_ROWS / 2, PANEL] for vectors
     const Tile* next;  // whose rows will be read after this one's; null: none
 };
 

@@ -79,8 +79,6 @@ class Scratch {  // of one thread: aligned memory that grows
     int64_t count_ = 0;
 };
 
-int64_t padded(int64_t width) { return (width + PANEL - 1) / PANEL * PANEL; }
-
 }  // namespace
 
 int64_t TileAttention::sum_floats() const { return BLOCK_LANES * (padded(value_width_) + 2); }

@@ -1,26 +1,7 @@
-// Attention of up to 64 queries to a tile of rows, queries in the lanes of vectors: scores are (rows of K) x (Q transposed) and results
-// (V transposed) x (weights transposed), so that rows are read where they lie, a pair of numbers at a time for all queries, and softmax
-// (running maximum, Milakov and Gimelshein 2018) needs no sum across lanes. What a query gets depends on where tiles begin and on the rows
-// that it sees, never on the queries beside it: a hidden row adds exactly nothing.
-// Included once by each file of a set inside that set's namespace, behind its lanes_*.h.
+// Attention of up to 64 queries to a tile of rows with vectors: scores are (rows of K) x (Q transposed) and results (V transposed) x (weights
+// transposed), so that rows are read where they lie, a pair of numbers at a time for all queries.
+// Included once by each file of a set inside that set's namespace, behind tile_softmax.h.
 #pragma once
-
-constexpr float LOG2E = 1.44269504f;
-constexpr float LOWEST = -1e30f;         // a maximum of nothing
-constexpr int64_t PAIRS_AT_ONCE = 128;  // of 64 packed queries: 32 KB
-constexpr int TILE_PAIRS = TILE_ROWS / 2;
-
-template <typename T>
-inline T load(const void* from) {
-    T x;
-    memcpy(&x, from, sizeof x);
-    return x;
-}
-
-template <typename T>
-inline void store(void* to, T x) {
-    memcpy(to, &x, sizeof x);
-}
 
 inline Words all_words(const void* from) { return load<int32_t>(from) - Words{}; }
 
@@ -117,53 +98,6 @@ inline void sum_tile(const Tile& tile, int begin, int end, const TileQueries& qu
                                      (end - begin + 1) / 2, stride, shrink + vector * LANES, queries.out + int64_t(c) * stride + vector * LANES);
 }
 
-inline Lanes hyperbolic_tangent_of(Lanes x) {  // (1 - e) / (1 + e), e = exp(-2 |x|)
-    const Lanes size = larger(x, -x), e = power_of_two(size * (-2.0f * LOG2E)), tangent = (1.0f - e) / (1.0f + e);
-    return x < 0.0f ? -tangent : tangent;
-}
-
-// From scores to weights of one vector of queries, in pairs of rows, with their maximum and weight brought along; `shrink` is by how much
-// what was summed up before weighs less.
-template <bool Masked>
-inline void weigh(float* scores, int begin, int end, int first_row, const TileQueries& queries, int vector, int32_t* weights, float* shrink) {
-    const int stride = queries.vectors * LANES, lane = vector * LANES;
-    float scale = queries.scale * LOG2E;
-    if (queries.softcap > 0) {
-        const float inner = queries.scale / queries.softcap, outer = queries.softcap * LOG2E;
-        for (int t = begin; t < end; t++) {
-            float* at = scores + t * stride + lane;
-            store(at, hyperbolic_tangent_of(load<Lanes>(at) * inner) * outer);
-        }
-        scale = 1;
-    }
-    const Words first = load<Words>(queries.first + lane), last = load<Words>(queries.end + lane);
-    const auto visible = [&](int t) { return (first <= first_row + t) & (last > first_row + t); };
-    Lanes largest[2] = {all(LOWEST), all(LOWEST)};
-    for (int t = begin; t < end; t++) {
-        Lanes score = load<Lanes>(scores + t * stride + lane) * scale;
-        if (Masked) score = visible(t) ? score : all(LOWEST);
-        largest[t & 1] = larger(largest[t & 1], score);
-    }
-    const Lanes before = load<Lanes>(queries.maximum + lane), maximum = larger(before, larger(largest[0], largest[1]));
-    Lanes sums[2] = {};
-    const auto weight = [&](int t) {
-        Lanes w = power_of_two(load<Lanes>(scores + t * stride + lane) * scale - maximum);
-        if (Masked) w = visible(t) ? w : Lanes{};
-        sums[t & 1] += w;
-        return w;
-    };
-    int t = begin;
-    for (; t + 1 < end; t += 2) {
-        const Lanes even = weight(t), odd = weight(t + 1);
-        store(weights + t / 2 * stride + lane, pairs_of(even, odd));
-    }
-    if (t < end) store(weights + t / 2 * stride + lane, pairs_of(weight(t), Lanes{}));
-    const Lanes less = power_of_two(before - maximum);
-    store(shrink + lane, less);
-    store(queries.maximum + lane, maximum);
-    store(queries.weight + lane, load<Lanes>(queries.weight + lane) * less + (sums[0] + sums[1]));
-}
-
 inline void attend_tile(const Tile& tile, int begin, int end, bool masked, const TileQueries& queries) {
     alignas(64) float scores[TILE_ROWS * MOST_VECTORS * LANES], shrink[MOST_VECTORS * LANES];
     alignas(64) int32_t weights[TILE_PAIRS * MOST_VECTORS * LANES];
@@ -197,31 +131,6 @@ inline void attend_tile(const Tile& tile, int begin, int end, bool masked, const
     sum_all();
 }
 
-inline void pack_pairs(const uint16_t* const* rows, int width, int vectors, uint32_t* packed) {
-    const int pairs = width / 2, stride = vectors * LANES, whole = pairs / 16 * 16;
-    for (int lane = 0; lane < stride; lane += LANES) {
-        for (int i = 0; i < whole; i += 16) {
-            Words block[16];
-            for (int l = 0; l < LANES; l++) block[l] = load<Words>(rows[lane + l] + 2 * i);
-            transpose(block);
-            for (int j = 0; j < 16; j++) store(packed + (i + j) * stride + lane, block[j]);
-        }
-        for (int i = whole; i < pairs; i++)
-            for (int l = 0; l < LANES; l++) packed[i * stride + lane + l] = load<uint32_t>(rows[lane + l] + 2 * i);
-    }
-}
-
-inline void pack_queries(const TileQueries& queries, const uint16_t* const* rows) {
-    const int stride = queries.vectors * LANES;
-    pack_pairs(rows, queries.key_width, queries.vectors, queries.packed);
-    for (int i = 0; i < stride; i++) {
-        queries.maximum[i] = LOWEST;
-        queries.weight[i] = 0;
-    }
-    const int64_t sums = int64_t((queries.value_width + PANEL - 1) / PANEL) * PANEL * stride;
-    memset(queries.out, 0, size_t(sums) * sizeof(float));
-}
-
 inline void pack_values(const Tile& tile, int begin, int end, int value_width) {
     for (int pair = begin / 2; pair < (end + 1) / 2; pair++) {
         const auto* even = reinterpret_cast<const uint16_t*>(tile.v[2 * pair]);
@@ -231,43 +140,22 @@ inline void pack_values(const Tile& tile, int begin, int end, int value_width) {
     }
 }
 
-inline void merge_tiles(const TileQueries& into, const TileQueries& from) {
-    const int stride = into.vectors * LANES;
-    for (int lane = 0; lane < stride; lane += LANES) {
-        const Lanes a = load<Lanes>(into.maximum + lane), b = load<Lanes>(from.maximum + lane), maximum = larger(a, b);
-        const Lanes mine = power_of_two(a - maximum), other = power_of_two(b - maximum);
-        store(into.maximum + lane, maximum);
-        store(into.weight + lane, load<Lanes>(into.weight + lane) * mine + load<Lanes>(from.weight + lane) * other);
-        for (int c = 0; c < into.value_width; c++) {
-            const int at = c * stride + lane;
-            store(into.out + at, load<Lanes>(into.out + at) * mine + load<Lanes>(from.out + at) * other);
+// products [count, MOST_VECTORS * LANES] of rows and queries, for any number of rows that is divisible by 24.
+inline void multiply_rows(const uint8_t* const* rows, int count, const uint32_t* queries, int pairs, int vectors, int stride, float* products) {
+    const NextRows none(nullptr, 0, 1);
+    const auto multiply = [&]<int Rows, int Vectors>(int vector) {
+        for (int t = 0; t < count; t += Rows)
+            score<Rows, Vectors, false>(rows + t, queries + vector * LANES, 0, pairs, stride, none, products + (t * MOST_VECTORS + vector) * LANES, MOST_VECTORS * LANES);
+    };
+    if constexpr (WIDE) {
+        switch (vectors) {
+            case 4: return multiply.template operator()<6, 4>(0);
+            case 3: return multiply.template operator()<8, 3>(0);
+            case 2: return multiply.template operator()<12, 2>(0);
+            default: return multiply.template operator()<12, 1>(0);
         }
-    }
-}
-
-inline void write_results(const TileQueries& queries, const float* sinks, uint16_t* const* rows) {
-    const int stride = queries.vectors * LANES, width = queries.value_width, whole = width / 16 * 16;
-    for (int lane = 0; lane < stride; lane += LANES) {
-        Lanes weight = load<Lanes>(queries.weight + lane), share = all(1.0f);
-        if (sinks) {  // a logit that takes part in the softmax and carries no value
-            const Lanes sink = load<Lanes>(sinks + lane) * LOG2E, before = load<Lanes>(queries.maximum + lane), maximum = larger(before, sink);
-            share = power_of_two(before - maximum);
-            weight = weight * share + power_of_two(sink - maximum);
-        }
-        const Lanes factor = weight > 0.0f ? share / weight : Lanes{};
-        for (int c = 0; c < whole; c += 16) {
-            Words block[16];
-            for (int j = 0; j < 16; j++) block[j] = (Words)(load<Lanes>(queries.out + (c + j) * stride + lane) * factor);
-            transpose(block);
-            for (int l = 0; l < LANES; l++)
-                if (rows[lane + l]) store_bf16(rows[lane + l] + c, (Lanes)block[l]);
-        }
-        for (int c = whole; c < width; c++) {
-            uint16_t column[LANES];
-            store_bf16(column, load<Lanes>(queries.out + c * stride + lane) * factor);
-            for (int l = 0; l < LANES; l++)
-                if (rows[lane + l]) rows[lane + l][c] = column[l];
-        }
+    } else {
+        for (int vector = 0; vector < vectors; vector++) multiply.template operator()<4, 1>(vector);
     }
 }
 
