@@ -1,7 +1,7 @@
 """A plugin for pytest: an emulator answers for AMX's instructions, and every test must have run some and left no thread's tiles configured.
 
-Loaded with `-p kernels.amx_emulation -p no:faulthandler` (which takes the signal for itself), KVSHARE_EMULATED=amx, and the place of the emulator
-that `library` has compiled in KVSHARE_AMX_EMULATOR.
+Loaded with `-p kernels.amx_emulation -p no:faulthandler` (which takes the signal for itself), KVSHARE_EMULATED=amx, and in
+KVSHARE_AMX_EMULATOR the place of the emulator that `library` has compiled.
 """
 
 from __future__ import annotations

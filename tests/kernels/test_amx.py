@@ -41,28 +41,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_runs_on_tiles(compiled: Path) -> None:
     """Attention and an indexer's scores against torch, on several threads, and tiny models against the plain set."""
     files = ["kernels/test_tile_attention", "kernels/test_row_selection", "cache/test_tiled_attention", "engine/test_families_on_every_set"]
-    chosen = "amx and not 300 and not 512 or rebuilt and int8 or predictions"  # seconds, not minutes
+    chosen = "amx and not 300 and not 512 or alike and bf16 or rebuilt and int8 or predictions"  # seconds, not minutes
     plugins = ["-p", "kernels.amx_emulation", "-p", "no:faulthandler", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]
-    added = {
-        "KVSHARE_EMULATED": "amx",
-        "KVSHARE_ISA": "amx",
-        "KVSHARE_AMX_EMULATOR": str(compiled),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    root = Path(__file__).parents[2]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        *plugins,
-        "-q",
-        "--rootdir",
-        root,
-        "-k",
-        chosen,
-        *(root / "tests" / f"{file}.py" for file in files),
-    ]
-    ran = subprocess.run(command, env={**os.environ, **added}, capture_output=True, text=True)
+    added = {"KVSHARE_EMULATED": "amx", "KVSHARE_ISA": "amx", "KVSHARE_AMX_EMULATOR": str(compiled)}
+    root, paths = Path(__file__).parents[2], [Path(__file__).parents[1] / f"{file}.py" for file in files]
+    command = [sys.executable, "-m", "pytest", *plugins, "-q", "--rootdir", root, "-k", chosen, *paths]
+    ran = subprocess.run(command, env={**os.environ, **added, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-1000:]
     assert int(ran.stdout.split(" passed")[0].split()[-1]) >= 50, ran.stdout
 

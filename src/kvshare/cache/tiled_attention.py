@@ -21,18 +21,22 @@ from kvshare.layout import CacheLayout, LayerCache, Stream
 MANY_HEADS = 32
 """Query heads of one KV head from which on a single query, too, is bound by multiplying and not by reading."""
 
+MANY_HEADS_OF_AMX = 16
+"""The same for rows of bfloat16 with AMX, by count: vectors multiply 16 heads with 64 / 16 = 4 bytes a cycle, tiles with about 16."""
+
 
 class TiledRows:
     """The rows that one owner's queries attend to: one kind, or several in one softmax."""
 
-    def __init__(self, owner: int, kinds: list[tuple[Stream, Stream]], kernel: TileAttention, tables: list[tuple[int, int]]):
-        """`tables`: which of a sequence's tables hold the keys and the values of each kind."""
-        self.owner, self.kinds, self.kernel, self._tables = owner, kinds, kernel, tables
+    def __init__(self, owner: int, kinds: list[tuple[Stream, Stream]], kernel: TileAttention, tables: list[tuple[int, int]], plain: bool):
+        """`tables`: which of a sequence's tables hold the keys and the values of each kind. `plain`: all of them are bfloat16."""
+        self.owner, self.kinds, self.kernel, self._tables, self._plain = owner, kinds, kernel, tables, plain
 
     def takes(self, count: int, query_heads: int, entries: Tensor | None) -> bool:
         """Whether the kernel is the way for `count` queries of one sequence, rather than the one for single queries."""
         selected = entries is not None and any(k.top_k for k, _ in self.kinds)
-        return count > 1 or selected or len(self.kinds) > 1 or query_heads >= MANY_HEADS * self.kernel.kv_heads
+        many = MANY_HEADS_OF_AMX if self._plain and kernels.isa() == "amx" else MANY_HEADS
+        return count > 1 or selected or len(self.kinds) > 1 or query_heads >= many * self.kernel.kv_heads
 
     def span(self, start: int, count: int, tables: Mapping[tuple[int, str], PageTable], entries: Tensor | None) -> TileSpan:
         """Queries `start : start + count` of the batch, of the sequence whose tables these are."""
@@ -90,7 +94,8 @@ class TiledAttention:
             return None
         tables = [(self._tables.index((owner, k.name)), self._tables.index((owner, v.name))) for k, v in kinds]
         most_rows = self._most_rebuilt(arena, *bound[0][2:]) if rebuilds else 0
-        return TiledRows(owner, kinds, TileAttention(arena, bound, balance, rebuilds=rebuilds, most_rows=most_rows), tables)
+        plain = all(kind.name == "BF16" for _, of_keys, _, of_values in bound for kind in (of_keys, of_values))
+        return TiledRows(owner, kinds, TileAttention(arena, bound, balance, rebuilds=rebuilds, most_rows=most_rows), tables, plain)
 
     def _most_rebuilt(self, arena: Arena, values: Stream, kind: RowKind) -> int:
         """Values that one sequence can have in each of the layers that rebuild keys: their pages are the arena's."""
