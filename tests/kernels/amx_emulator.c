@@ -166,8 +166,11 @@ static void handle(int signal_number, siginfo_t *info, void *raw) {
     _mm_setcsr(0x9fc0); /* to nearest, denormals are zeros and become zeros, no exceptions; what was set comes back with the context */
     const uint8_t *next = carry_out(context, at);
     if (!next) refuse("an illegal instruction that is none of AMX", at);
-    context->uc_mcontext.gregs[REG_RIP] = (greg_t)next;
-    __atomic_fetch_add(&executed, 1, __ATOMIC_SEQ_CST);
+    for (; next; next = carry_out(context, at)) { /* and those right behind: a signal takes longer than they do */
+        at = next;
+        __atomic_fetch_add(&executed, 1, __ATOMIC_SEQ_CST);
+    }
+    context->uc_mcontext.gregs[REG_RIP] = (greg_t)at;
 }
 
 int emulator_install(void) {
