@@ -17,8 +17,12 @@ from kvshare import kernels
 from kvshare.cache.arena import Arena
 from kvshare.cache.paged_step import PagedCache, PagedStep
 from kvshare.cache.tables import SequenceCache
+from kvshare.checkpoints.block_encoding import block_type, encode_blocks
 from kvshare.engine import decode_steps
 from kvshare.engine.decode_steps import DecodeSteps
+from kvshare.kernels import quantized_weight
+from kvshare.layers.linear import Linear
+from kvshare.layers.quantized_linear import QuantizedLinear
 from kvshare.models.llama import Llama
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
@@ -191,6 +195,25 @@ def test_what_torch_computes_between_kernels_is_computed_again() -> None:
     for _ in range(6):
         run.step()
     run.replays(3, num_native_runs=2)
+
+
+def test_weights_decoded_for_many_rows_are_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A panel at a time, in memory of the recording's own."""
+    monkeypatch.setattr(quantized_weight, "ROWS_IN_BLOCKS", 2)
+    monkeypatch.setattr(quantized_weight, "PANEL_BYTES", 0)
+    run = Sequences(3, "bf16", torch.bfloat16)
+    for block in run.model.blocks:
+        for name, linear in list(block.mlp.named_children()):  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(linear, Linear) and linear.weight.shape[1] % 32 == 0:
+                packed = encode_blocks(linear.weight.detach(), block_type("int8", linear.weight.shape[1]))
+                setattr(block.mlp, name, QuantizedLinear([packed]))
+    run.steps = DecodeSteps(run.model, run.cache)
+    for _ in range(4):
+        run.step()
+        others = run.model.blocks[0].mlp.gate_up  # pyright: ignore[reportAttributeAccessIssue]
+        others(torch.zeros(9, others.weight.in_features, dtype=torch.bfloat16))  # in the memory that all other products use
+    run.replays(3)
+    assert not run.steps.reasons
 
 
 def chosen_by_value(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kvshare import kernels
 from kvshare.checkpoints.block_encoding import block_type, encode_blocks
 from kvshare.kernels import routing
-from kvshare.kernels.quantized_weight import ROWS_IN_BLOCKS
+from kvshare.kernels.experts import MOST_ROWS
 from kvshare.layers.activations import GatedActivation, geglu, swiglu
 from kvshare.layers.experts import Experts
 from kvshare.layers.quantized_experts import QuantizedExperts
@@ -108,7 +108,7 @@ def test_experts_in_blocks_equal_their_twin(precision: str, tokens: int, activat
     assert_equal(*both(lambda x: layer(x, chosen, weights, scale=2.5, beside=beside), x), 10.0)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, ROWS_IN_BLOCKS, ROWS_IN_BLOCKS + 1, 200])
+@pytest.mark.parametrize("tokens", [1, 16, MOST_ROWS, MOST_ROWS + 1, 200])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_experts_in_blocks_are_those_of_their_decoded_weights(precision: str, tokens: int, isa: str) -> None:
     blocks, decoded = in_blocks(precision)

@@ -53,3 +53,19 @@ def test_decode_steps_are_replayed(family: str, kv_form: str, tmp_path: Path) ->
     assert "steps replayed in" in paged.decode_steps.describe()
     if family.startswith("deepseek") or (kv_form == "plain" and "gemma" in family):
         assert paged.decode_steps.describe() == "decode steps replayed in 1 native call"
+
+
+@pytest.mark.parametrize("count", [20, 50])
+@pytest.mark.parametrize("family", ["gemma 4: 26B-A4B", "zaya: 8B", "deepseek v3.2", "deepseek v4: flash"])
+def test_steps_of_many_sequences_are_replayed(family: str, count: int, tmp_path: Path) -> None:
+    """With more rows than native products are made for, torch multiplies in between."""
+    FAMILIES[family](tmp_path)
+    paged, ids = Paged(load(tmp_path, bfloat16), count, dtype=bfloat16), random_ids(90, sequences=count, tokens=12)
+    starts = [1 + sequence % 6 for sequence in range(count)]
+    paged.step([own[:start] for own, start in zip(ids, starts, strict=True)])
+    for step in range(5):
+        paged.step([own[start + step][None] for own, start in zip(ids, starts, strict=True)])
+    assert not paged.decode_steps.reasons
+    assert "steps replayed in" in paged.decode_steps.describe()
+    if count == 20 and not family.startswith("zaya"):
+        assert paged.decode_steps.describe() == "decode steps replayed in 1 native call"

@@ -65,9 +65,9 @@ class SequenceCache:
     def __init__(self, layout: CacheLayout, arena: Arena, precision: PrecisionChoice = "bf16"):
         self.layout, self.arena, self.precision = layout, arena, precision
         self.num_tokens = 0
-        stored = layout.stored_in(precision)
+        stored, page_bytes = layout.stored_in(precision), layout.page_bytes(precision)
         self.tables = {
-            (owner, stream.name): PageTable(owner, stream, stored.rows_per_page(owner, stream, precision))
+            (owner, stream.name): PageTable(owner, stream, stored.rows_per_page(owner, stream, precision, page_bytes))
             for owner in layout.owners
             for stream in stored.layers[owner].streams
         }

@@ -75,6 +75,11 @@ def not_recorded(why: str) -> None:
         module().not_recorded(why)
 
 
+def records() -> bool:
+    """Whether this thread records: then what calls are given must lie in tensors that the recording knows of."""
+    return available() and module().records()
+
+
 class _ValuesRead(TorchFunctionMode):
     """Notices when Python reads the contents of a tensor in a way that dispatches no operation."""
 

@@ -14,6 +14,7 @@ from kvshare.huge_pages import empty_huge
 from kvshare.kernels.edges import packed
 from kvshare.kernels.interleaved_blocks import InterleavedBlocks
 from kvshare.kernels.native import module
+from kvshare.kernels.program import records
 
 GROUP = 32  # activations that share a scale
 LARGEST_Q = 127 * 256 + 127  # of two signed bytes
@@ -91,7 +92,7 @@ class QuantizedWeight:
 
     def _multiply_decoded(self, x: Tensor, start: int, end: int, out: Tensor) -> None:  # [rows, in_features], [rows, end - start]
         step = min(end - start, max(PANEL_ROWS, PANEL_BYTES // (self.in_features * x.element_size()) // PANEL_ROWS * PANEL_ROWS))
-        panel = _PANEL.room(step, self.in_features, x.dtype)
+        panel = torch.empty(step, self.in_features, dtype=x.dtype) if records() else _PANEL.room(step, self.in_features, x.dtype)
         for low in range(start, end, step):
             rows, columns = panel[: end - low], out[:, low - start : low - start + step]
             self.native.decode(low, low + len(rows), rows.data_ptr(), x.dtype == torch.bfloat16)

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvshare.kernels import small_ops
 from kvshare.kernels.native import module
 
-FEW_ROWS = 16  # with more, torch's product is the faster way to `read`
+FEW_ROWS = 64  # as many as a decode step has at most; with more, torch's product is the faster way to `read`
 _MOST_STREAMS = 8
 
 

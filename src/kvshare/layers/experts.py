@@ -24,7 +24,7 @@ class RoutedExperts(nn.Module):
         self.num_experts, self.activation = num_experts, activation
 
     def few_rows_weights(self, x: Tensor) -> tuple[QuantizedWeight, QuantizedWeight] | None:  # [tokens, hidden]
-        """What one native call multiplies these rows with: all gates and ups, and all downs. None for more rows than it is good for."""
+        """What one native call multiplies these few rows with: all gates and ups, and all downs. None where there is no such call."""
         raise NotImplementedError
 
     def run_expert(self, expert: int, x: Tensor) -> Tensor:  # [tokens of this expert, hidden] -> the same
@@ -77,8 +77,8 @@ class Experts(RoutedExperts):
         self._few_gate_up, self._few_down = FewRowsProduct(), FewRowsProduct()
 
     def few_rows_weights(self, x: Tensor) -> tuple[QuantizedWeight, QuantizedWeight] | None:  # [tokens, hidden]
-        gate_up = self._few_gate_up.of(self.gate_up.flatten(0, 1), x)
-        down = self._few_down.of(self.down.flatten(0, 1), x)
+        gate_up = self._few_gate_up.of(self.gate_up.flatten(0, 1), x, few_experts.MOST_ROWS)
+        down = self._few_down.of(self.down.flatten(0, 1), x, few_experts.MOST_ROWS)
         return None if gate_up is None or down is None else (gate_up, down)
 
     def run_expert(self, expert: int, x: Tensor) -> Tensor:  # [tokens of this expert, hidden] -> the same

@@ -18,9 +18,14 @@ class FewRowsProduct:
         self._place: tuple[int, tuple[int, ...], tuple[int, ...]] | None = None
         self._bound: QuantizedWeight | None = None
 
-    def of(self, weight: Tensor, x: Tensor) -> QuantizedWeight | None:  # [out_features, in_features], [..., in_features]
-        """What multiplies `x` natively; None where torch does: many rows, another type or device, gradients, no kernels."""
-        if x.numel() > FEW_ROWS * x.shape[-1] or torch.is_grad_enabled() or weight.dtype != torch.bfloat16:
+    def of(
+        self,
+        weight: Tensor,  # [out_features, in_features]
+        x: Tensor,  # [..., in_features]
+        most: int = FEW_ROWS,
+    ) -> QuantizedWeight | None:
+        """What multiplies `x` natively; None where torch does: more than `most` rows, another type or device, gradients, no kernels."""
+        if x.numel() > most * x.shape[-1] or torch.is_grad_enabled() or weight.dtype != torch.bfloat16:
             return None
         if not kernels.available():
             return None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.kernels.interleaved_blocks import InterleavedBlocks
-from kvshare.kernels.quantized_weight import ROWS_IN_BLOCKS, QuantizedWeight
+from kvshare.kernels.quantized_weight import QuantizedWeight
 from kvshare.layers.activations import GatedActivation
 from kvshare.layers.experts import RoutedExperts
 
@@ -30,7 +30,7 @@ class QuantizedExperts(RoutedExperts):
         self.gate_up, self.down = QuantizedWeight(gate_up), QuantizedWeight(down)
 
     def few_rows_weights(self, x: Tensor) -> tuple[QuantizedWeight, QuantizedWeight] | None:  # [tokens, hidden]
-        return (self.gate_up, self.down) if len(x) <= ROWS_IN_BLOCKS else None
+        return self.gate_up, self.down
 
     def run_expert(self, expert: int, x: Tensor) -> Tensor:  # [tokens of this expert, hidden] -> the same
         gate, up = _of(self.gate_up, expert, self.num_experts, x).chunk(2, dim=-1)

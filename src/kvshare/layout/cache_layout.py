@@ -252,9 +252,9 @@ class CacheLayout:
         rows = [stream.row_bytes(self.precision_of(i, precision)) for i in self.owners for stream in stored.layers[i].streams]
         return -(-max(rows, default=1) * ROWS_PER_WIDEST_PAGE // PAGE_UNIT) * PAGE_UNIT
 
-    def rows_per_page(self, layer: int, stream: Stream, precision: PrecisionChoice = "bf16") -> int:
-        """Rows of `stream` (of owner `layer`) in one page. Rows never straddle pages."""
-        return self.page_bytes(precision) // stream.row_bytes(self.precision_of(layer, precision))
+    def rows_per_page(self, layer: int, stream: Stream, precision: PrecisionChoice = "bf16", page_bytes: int | None = None) -> int:
+        """Rows of `stream` (of owner `layer`) in one page, whose size may be given by who asks often. Rows never straddle pages."""
+        return (page_bytes or self.page_bytes(precision)) // stream.row_bytes(self.precision_of(layer, precision))
 
     def held_pages(self, context: int, precision: PrecisionChoice = "bf16") -> int:
         """Pages of one sequence between steps, after `context` tokens."""

@@ -30,6 +30,7 @@ void bind_program(nb::module_& m) {
             return laps;
         });
 
+    m.def("records", [] { return recording != nullptr; });
     m.def("not_recorded", [](const char* what) { not_recorded(what); });
     // While a thread records, its calls run as ever. `spans` and `count` are a step's, as in every call that is told of one.
     nb::class_<Program>(m, "Program")

@@ -67,11 +67,10 @@ NB_MODULE(_kernels, m) {
                      weight->multiply(isa, at<const void>(x), x_bf16, at<void>(out), out_bf16, rows, begin, end);
                  }, Work::product);
              })
-        .def("decode", [](const QuantizedWeight& self, int64_t begin, int64_t end, uintptr_t to, bool bf16) {
-            not_recorded("weights decoded panel by panel");
-            nb::gil_scoped_release released;
-            const Timed timer(Work::product);
-            self.decode(active_isa(), begin, end, at<void>(to), bf16);
+        .def("decode", [](nb::pointer_and_handle<QuantizedWeight> self, int64_t begin, int64_t end, uintptr_t to, bool bf16) {
+            perform(Gil::released, [weight = self.p, kept = nb::borrow(self.h), begin, end, to, bf16](const Isa& isa) {
+                weight->decode(isa, begin, end, at<void>(to), bf16);
+            }, Work::product);
         });
     bind_blocks(m);
     bind_paged_attention(m);

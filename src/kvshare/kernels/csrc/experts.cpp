@@ -3,6 +3,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "over.h"
@@ -28,7 +29,8 @@ class Buffer {
 
 void run_experts(const Isa& isa, const QuantizedWeight& gate_up, const QuantizedWeight& down, const ExpertsTask& task) {
     static thread_local Buffer gathered_rows, gates, activated, products, summed;
-    static thread_local std::vector<int64_t> places;
+    static thread_local std::vector<int64_t> places, first_of, next;  // of the places that chose an expert, the first one, and the one behind each
+    constexpr int64_t NONE = -1;
     const int64_t hidden = gate_up.in_features(), width = down.in_features(), count = task.rows * task.k, size = task.bf16 ? 2 : 4, row_bytes = hidden * size;
     for (int64_t i = 0; i < count; i++)
         if (task.chosen[i] < 0 || task.chosen[i] > task.num_experts)
@@ -37,16 +39,14 @@ void run_experts(const Isa& isa, const QuantizedWeight& gate_up, const Quantized
     // a token may name the same expert more than once
     uint8_t *rows = gathered_rows.room(count * row_bytes), *gate = gates.room(count * 2 * width * size), *act = activated.room(count * width * size);
     uint8_t *out = products.room(count * row_bytes), *y = summed.room(count * row_bytes);
+    first_of.assign(size_t(task.num_experts + 1), NONE);
+    next.resize(size_t(count));
+    for (int64_t i = count - 1; i >= 0; i--) next[size_t(i)] = std::exchange(first_of[size_t(task.chosen[i])], i);
     for (int64_t first = 0; first < count; first++) {
         const int64_t expert = task.chosen[first];
+        if (first_of[size_t(expert)] != first) continue;
         places.clear();
-        bool is_first = true;  // of the places that chose this expert
-        for (int64_t i = 0; i < count && is_first; i++) {
-            if (task.chosen[i] != expert) continue;
-            is_first = i >= first;
-            places.push_back(i);
-        }
-        if (!is_first) continue;
+        for (int64_t i = first; i != NONE; i = next[size_t(i)]) places.push_back(i);
         const int64_t together = int64_t(places.size());
         if (expert == task.num_experts) {
             for (const int64_t place : places) memset(y + place * row_bytes, 0, size_t(row_bytes));

@@ -1,5 +1,7 @@
 #include "stream_calls.h"
 
+#include <algorithm>
+
 #include "over.h"
 
 namespace kvshare {
@@ -31,11 +33,14 @@ void run_hyper_read(const Isa& isa, HyperTask task, const float* fn, const Norm&
     task.weight = factors(norm, task.width, kept_factors);
     task.norm_eps = norm.eps;
     task.projected = products;
-    for (int64_t row = 0; row < rows; row++) {
-        const void* x = static_cast<const uint8_t*>(task.x) + row * length * size;
-        float* to = products + row * (weights + 1);
-        over(weights + 1, length, [&](int64_t begin, int64_t end) { isa.small.streams.project(x, bf16, fn, weights, length, to, begin, end); });
-    }
+    over(weights + 1, rows * length, [&](int64_t begin, int64_t end) {
+        constexpr int64_t CACHED = 4;  // weights that stay in a thread's cache while all rows pass
+        for (int64_t first = begin; first < end; first += CACHED)
+            for (int64_t row = 0; row < rows; row++) {
+                const void* x = static_cast<const uint8_t*>(task.x) + row * length * size;
+                isa.small.streams.project(x, bf16, fn, weights, length, products + row * (weights + 1), first, std::min(first + CACHED, end));
+            }
+    });
     over(rows, length, [&](int64_t begin, int64_t end) { isa.small.streams.read(task, bf16, begin, end); });
 }
 
