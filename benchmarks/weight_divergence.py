@@ -2,7 +2,8 @@
 
     python -m benchmarks.weight_divergence MODEL --text FILE [--tokens 1024] [--window 512] [--dither]
 
-Both are computed in float32, the cache is not rounded: only the weights differ.
+Both are computed in float32, the cache is not rounded: only the weights differ. Beside it the KL of activations rounded to int8 wherever
+they meet blocks, from the same weights: `native` are the blocks of a file.
 
 Weights out of a file of 4-bit blocks lie on a grid, and another grid of blocks fits them better than it would fit a model's own. `--dither`
 moves each weight of a linear layer by a random part of its step first, half a step at the most. Such figures compare ways of quantizing and
@@ -15,6 +16,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,17 +26,31 @@ from benchmarks.shapes import unpacked
 from kvshare import LLM
 from kvshare.cache.step import DenseStep
 from kvshare.checkpoints import open_checkpoint
+from kvshare.checkpoints.block_layers import has_blocks
 from kvshare.checkpoints.resolve import locate
-from kvshare.doctor.comparison import compare
+from kvshare.doctor.comparison import Head, compare
+from kvshare.doctor.watched import Watched
 from kvshare.evaluation.perplexity import text_windows
+from kvshare.kernels.quantized_weight import ROWS_IN_BLOCKS
 
 GROUP = 32  # numbers that share a step, in every format of blocks
 
 
 @torch.inference_mode()
-def hidden(llm: LLM, windows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Hidden states [tokens, hidden] of each window."""
-    return [llm.model(torch.tensor(list(ids)), DenseStep(llm.layout, [len(ids)])) for ids in windows]
+def hidden(llm: LLM, windows: Sequence[Sequence[int]]) -> torch.Tensor:  # -> [tokens, hidden]
+    """Hidden states of all windows, each in one step: activations are not rounded."""
+    return torch.cat([llm.model(torch.tensor(list(ids)), DenseStep(llm.layout, [len(ids)])) for ids in windows])
+
+
+def rounded_hidden(llm: LLM, windows: Sequence[Sequence[int]]) -> torch.Tensor:  # -> [tokens, hidden]
+    """The same in steps of few tokens, whose activations are rounded."""
+    sizes = [[len(part) for part in torch.tensor(list(ids)).split(ROWS_IN_BLOCKS)] for ids in windows]
+    runs = (Watched(llm.model, "fp32", 1, len(ids)) for ids in windows)
+    return torch.cat([run.run(ids, each) for run, ids, each in zip(runs, windows, sizes, strict=True)])
+
+
+def rounded_logits(llm: LLM) -> Head:
+    return lambda rows: torch.cat([llm.model.logits(part) for part in rows.split(ROWS_IN_BLOCKS)])
 
 
 def dithered(weight: torch.Tensor) -> torch.Tensor:  # [out_features, in_features]
@@ -61,17 +77,26 @@ def main() -> None:
 
 def measure(model: str, options: argparse.Namespace) -> None:
     """Print the divergence of `model`, tokens as `options.model` reads the text."""
-    plain = LLM(model, dtype="float32", max_context=options.window, max_sequences=1)
+    loading: dict[str, Any] = {"dtype": "float32", "max_context": options.window, "max_sequences": 1, "weight_cache": False}
+    plain = LLM(model, **loading)
     tokenizer = open_checkpoint(options.model).tokenizer()
     windows = text_windows(tokenizer, options.text.read_text(encoding="utf-8"), options.window)[: options.tokens // options.window]
-    expected = hidden(plain, windows)
+    exact = hidden(plain, windows)
     table = Table(title=f"{options.model}: {sum(map(len, windows)):,} tokens of {options.text.name}")
-    for column in ("weights", "KL", "same top token"):
+    for column in ("weights", "KL", "same top token", "KL of int8 activations", "same top token"):
         table.add_column(column, justify="right")
-    for precision in ("int8", "int4"):
-        llm = LLM(model, dtype="float32", weights=precision, weight_cache=False, max_context=options.window, max_sequences=1)
-        found = compare(plain.model.logits, torch.cat(expected), torch.cat(hidden(llm, windows)), llm.model.logits)
-        table.add_row(precision, f"{found.divergence / found.rows:.2g}", f"{1 - found.other_tokens / found.rows:.3f}")
+    for precision in ("native", "int8", "int4"):
+        llm = LLM(model, **loading, weights=precision)
+        if not has_blocks(llm.model):  # nothing is native
+            continue
+        blocks = hidden(llm, windows)
+        found = [compare(plain.model.logits, exact, blocks, llm.model.logits)]
+        rounded = LLM(model, **loading, weights=precision, activations="int8")
+        found.append(compare(llm.model.logits, blocks, rounded_hidden(rounded, windows), rounded_logits(rounded)))
+        table.add_row(
+            precision,
+            *(cell for each in found for cell in (f"{each.divergence / each.rows:.2g}", f"{1 - each.other_tokens / each.rows:.3f}")),
+        )
     Console().print(table)
 
 

@@ -22,6 +22,7 @@ from kvshare.checkpoints.resolve import locate
 from kvshare.doctor import Report, examine
 from kvshare.doctor.comparison import Difference
 from kvshare.errors import CheckpointError, RequestError
+from kvshare.kernels.quantized_weight import ActivationWidth
 from kvshare.layers.quantized_linear import QuantizedLinear
 from kvshare.models.llama import Attention, Llama
 
@@ -81,17 +82,22 @@ def test_served_dtype_and_float32_are_both_examined() -> None:
     assert 50 < report.perplexity < 200
 
 
-ROUNDED = [("int4", None, "int4 blocks, as plain"), ("auto", "int8", "int8 cache, as exact"), ("auto", "rot3", "rot3 cache, as exact")]
+ROUNDED = [
+    ("int4", "int16", None, "int4 blocks, as plain"),
+    ("int4", "int8", None, "int8 activations, as exact"),
+    ("auto", "int16", "int8", "int8 cache, as exact"),
+    ("auto", "int16", "rot3", "rot3 cache, as exact"),
+]
 
 
-@pytest.mark.parametrize(("weights", "kv_dtype", "name"), ROUNDED)
+@pytest.mark.parametrize(("weights", "activations", "kv_dtype", "name"), ROUNDED)
 def test_what_rounding_costs_is_a_check_of_its_own(
-    weights: str, kv_dtype: str | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: str, activations: ActivationWidth, kv_dtype: str | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if weights != "auto" and not kernels.available():
         pytest.skip(kernels.reason_unavailable())
     monkeypatch.setenv("KVSHARE_CACHE", str(tmp_path))
-    report = examine("demo", num_tokens=80, weights=weights, kv_dtype=kv_dtype)
+    report = examine("demo", num_tokens=80, weights=weights, kv_dtype=kv_dtype, activations=activations)
     assert report.passed, failures(report)
     assert {check.dtype for check in report.checks} == {"", "bfloat16"}
     (found,) = [check for check in report.checks if check.name == name]

@@ -19,6 +19,7 @@ from kvshare import kernels
 from kvshare.checkpoints.block_encoding import block_type, encode_blocks
 from kvshare.kernels import routing
 from kvshare.kernels.experts import MOST_ROWS
+from kvshare.kernels.quantized_weight import ActivationWidth
 from kvshare.layers.activations import GatedActivation, geglu, swiglu
 from kvshare.layers.experts import Experts
 from kvshare.layers.quantized_experts import QuantizedExperts
@@ -84,7 +85,9 @@ def test_an_expert_that_is_not_there_is_refused() -> None:
         layer(x, torch.tensor([[7]]), torch.ones(1, 1))
 
 
-def in_blocks(precision: str, activation: GatedActivation = swiglu) -> tuple[QuantizedExperts, Experts]:
+def in_blocks(
+    precision: str, activation: GatedActivation = swiglu, activations: ActivationWidth = "int16"
+) -> tuple[QuantizedExperts, Experts]:
     """Experts in blocks, and with the same weights decoded, in float32."""
     layer = Experts(EXPERTS, HIDDEN, 64, activation)
     parts = []
@@ -95,14 +98,18 @@ def in_blocks(precision: str, activation: GatedActivation = swiglu) -> tuple[Qua
             parameter.copy_(packed.dequantize())
             parts.append(packed)
     gate_up, down = parts  # one part for all experts, and one for each
-    return QuantizedExperts(EXPERTS, [gate_up.as_matrix()], [down.part(expert) for expert in range(EXPERTS)], activation), layer
+    return QuantizedExperts(
+        EXPERTS, [gate_up.as_matrix()], [down.part(expert) for expert in range(EXPERTS)], activation, activations
+    ), layer
 
 
 @pytest.mark.parametrize("activation", [swiglu, geglu])
 @pytest.mark.parametrize("tokens", [1, 3, 16])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_experts_in_blocks_equal_their_twin(precision: str, tokens: int, activation: GatedActivation, isa: str, both: Both) -> None:
-    layer, _ = in_blocks(precision, activation)
+@pytest.mark.parametrize(("precision", "activations"), [("int8", "int16"), ("int4", "int16"), ("int4", "int8")])
+def test_experts_in_blocks_equal_their_twin(
+    precision: str, activations: ActivationWidth, tokens: int, activation: GatedActivation, isa: str, both: Both
+) -> None:
+    layer, _ = in_blocks(precision, activation, activations)
     x, beside = (random(tokens, HIDDEN, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
     chosen, weights = choices(tokens, 4)
     assert_equal(*both(lambda x: layer(x, chosen, weights, scale=2.5, beside=beside), x), 10.0)

@@ -12,7 +12,7 @@ from kernels.test_quantized_weight import packed, widths
 from kvshare import kernels
 from kvshare.kernels.block_rows import decode_rows
 from kvshare.kernels.interleaved_blocks import STRIP, interleave
-from kvshare.kernels.quantized_weight import BLOCK_TYPES, QuantizedWeight
+from kvshare.kernels.quantized_weight import BLOCK_TYPES, LARGEST_Q, QuantizedWeight
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"kernels: {kernels.reason_unavailable()}")
 
@@ -26,10 +26,11 @@ def test_products_are_the_same(name: str, isa: str) -> None:
         part = packed(name, ROWS, width, seed=width)
         x = torch.randn(9, width, generator=torch.Generator().manual_seed(1))
         x[1] *= torch.logspace(-30, 30, width)
-        weight, interleaved = QuantizedWeight([part]), QuantizedWeight([interleave(part)])
-        for rows in (1, 3, 8, 9):
-            for start, end in RANGES:
-                assert torch.equal(interleaved.matmul(x[:rows], start, end), weight.matmul(x[:rows], start, end))
+        for activations in LARGEST_Q:
+            weight, interleaved = QuantizedWeight([part], activations), QuantizedWeight([interleave(part)], activations)
+            for rows in (1, 3, 8, 9):
+                for start, end in RANGES:
+                    assert torch.equal(interleaved.matmul(x[:rows], start, end), weight.matmul(x[:rows], start, end))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,15 @@ from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.gguf_header import BLOCK_TYPES
 from kvshare.kernels.interleaved_blocks import interleave
 from kvshare.kernels.quantized_weight import BLOCK_TYPES as NAMES
-from kvshare.kernels.quantized_weight import LARGEST_Q, ROWS_IN_BLOCKS, SMALLEST, QuantizedWeight, reference_matmul, round_activations
+from kvshare.kernels.quantized_weight import (
+    LARGEST_Q,
+    ROWS_IN_BLOCKS,
+    SMALLEST,
+    ActivationWidth,
+    QuantizedWeight,
+    reference_matmul,
+    round_activations,
+)
 from kvshare.layers.linear import Linear
 from kvshare.layers.quantized_linear import QuantizedLinear
 
@@ -40,9 +48,18 @@ def widths(name: str) -> tuple[int, ...]:
     return (256, 768, 2304) if name.endswith("K") else (32, 96, 576, 1056, 17 * 1024 + 32)
 
 
-def assert_equals_twin(out: Tensor, parts: list[PackedBlocks | Tensor], x: Tensor, start: int = 0, end: int | None = None) -> None:
-    expected = reference_matmul(parts, x)[:, start:end]
-    size = torch.cat([(x.double() if isinstance(p, Tensor) else round_activations(x)).abs() @ summands(p).T for p in parts], dim=1)
+def assert_equals_twin(
+    out: Tensor,
+    parts: list[PackedBlocks | Tensor],
+    x: Tensor,
+    start: int = 0,
+    end: int | None = None,
+    activations: ActivationWidth = "int16",
+) -> None:
+    expected = reference_matmul(parts, x, activations)[:, start:end]
+    size = torch.cat(
+        [(x.double() if isinstance(p, Tensor) else round_activations(x, activations)).abs() @ summands(p).T for p in parts], dim=1
+    )
     bound = TOLERANCE * size[:, start:end] + (2.0**-8 * expected.abs() if out.dtype == torch.bfloat16 else 0) + 1e-30
     assert ((out.double() - expected).abs() <= bound).all()
 
@@ -60,22 +77,23 @@ def dense(part: PackedBlocks | Tensor) -> Tensor:
     return part.double() if isinstance(part, Tensor) else part.dequantize().double()
 
 
+@pytest.mark.parametrize("activations", LARGEST_Q)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_product_equals_twin(name: str, dtype: torch.dtype, isa: str) -> None:
+def test_product_equals_twin(name: str, dtype: torch.dtype, activations: ActivationWidth, isa: str) -> None:
     for width in widths(name):
         part = packed(name, 37, width, seed=width)
-        weight = QuantizedWeight([part])
+        weight = QuantizedWeight([part], activations)
         x = torch.randn(max(COUNTS), width, generator=torch.Generator().manual_seed(1))
         x[0, :32] = 0  # a group without a scale
         x[1] *= torch.logspace(-30, 30, width)
         x[2:, ::97] *= 1000  # outliers, beside which the others keep few of their bits
         x = x.to(dtype)
         together = weight.matmul(x)
-        assert_equals_twin(together, [part], x)
+        assert_equals_twin(together, [part], x, activations=activations)
         for rows in COUNTS:
             assert torch.equal(weight.matmul(x[-rows:]), together[-rows:])  # whatever rows are beside it
-        assert_equals_twin(weight.matmul(x, dtype=torch.float32), [part], x)
+        assert_equals_twin(weight.matmul(x, dtype=torch.float32), [part], x, activations=activations)
 
 
 @pytest.mark.parametrize("width", [32, 96, 1536, 2080 + 3, 12288 + 32])  # with many rows, wide ones are multiplied a block at a time
@@ -92,21 +110,24 @@ def test_bfloat16_product_is_that_of_float64(width: int, isa: str) -> None:
         assert torch.equal(weight.matmul(x[-rows:], dtype=torch.float32), together[-rows:])
 
 
-def test_rounding_is_as_exact_as_16_bits() -> None:
+@pytest.mark.parametrize("activations", LARGEST_Q)
+def test_rounding_moves_a_number_by_half_a_step(activations: ActivationWidth) -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     x[1, 3] = 1e4
     x[2] = 1e-35  # too small for a scale
-    step = x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1) / LARGEST_Q
-    assert ((round_activations(x) - x).abs() <= 0.501 * step + SMALLEST).all()
+    step = x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1) / LARGEST_Q[activations]
+    assert ((round_activations(x, activations) - x).abs() <= 0.501 * step + SMALLEST).all()
 
 
 def test_parts_of_several_formats_lie_behind_one_another(isa: str) -> None:
     wide = torch.randn(21, 512, generator=torch.Generator().manual_seed(3)).bfloat16()
     parts = [packed("Q4_K", 40, 512), packed("Q6_K", 19, 512), wide, packed("Q8_0", 33, 512)]
-    weight, x = QuantizedWeight(parts), torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
-    assert weight.out_features == 113
-    for start, end in ((0, 113), (0, 40), (40, 59), (39, 81), (112, 113), (50, 50)):
-        assert_equals_twin(weight.matmul(x, start, end), parts, x, start, end)
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+    for activations in LARGEST_Q:
+        weight = QuantizedWeight(parts, activations)
+        assert weight.out_features == 113
+        for start, end in ((0, 113), (0, 40), (40, 59), (39, 81), (112, 113), (50, 50)):
+            assert_equals_twin(weight.matmul(x, start, end), parts, x, start, end, activations)
 
 
 def test_parts_that_lie_behind_one_another_in_memory_are_multiplied_as_one(isa: str) -> None:
@@ -163,10 +184,11 @@ def test_nothing_is_read_behind_the_last_row(isa: str) -> None:
         assert torch.equal(QuantizedWeight([moved]).decode(0, 3, torch.bfloat16), part.dequantize(torch.bfloat16))
 
 
+@pytest.mark.parametrize("activations", LARGEST_Q)
 @pytest.mark.parametrize(("width", "rows"), [(96, 2), (4096, 9)])  # rounded by the calling thread, and by all of them
-def test_results_do_not_depend_on_the_number_of_threads(width: int, rows: int, isa: str) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(width: int, rows: int, activations: ActivationWidth, isa: str) -> None:
     part = packed("Q4_0", 3 * 1024 * 96 // width, width)
-    weight, x = QuantizedWeight([part]), torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
+    weight, x = QuantizedWeight([part], activations), torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
     before, outs = torch.get_num_threads(), []
     try:
         for count in (1, 3):
@@ -175,7 +197,7 @@ def test_results_do_not_depend_on_the_number_of_threads(width: int, rows: int, i
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*outs)
-    assert_equals_twin(outs[0], [part], x)
+    assert_equals_twin(outs[0], [part], x, activations=activations)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -197,6 +219,6 @@ def test_layer_stands_in_for_linear() -> None:
     plain.load_state_dict({"weight": part.dequantize(), "bias": bias})
     quantized, x = QuantizedLinear([part], bias), torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        coarsest = x.abs().amax() / (2 * LARGEST_Q) * plain.weight.abs().sum(-1)  # what half a step of the rounding adds up to
+        coarsest = x.abs().amax() / (2 * LARGEST_Q["int16"]) * plain.weight.abs().sum(-1)  # what half a step of the rounding adds up to
         assert ((quantized(x) - plain(x)).abs() <= coarsest + 1e-5).all()
         assert torch.equal(quantized.part(x, 8, 16), quantized(x)[..., 8:16])

@@ -13,7 +13,7 @@ from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.checkpoints.resident import ResidentMemory
 from kvshare.checkpoints.source import Source
 from kvshare.kernels.interleaved_blocks import InterleavedBlocks
-from kvshare.kernels.quantized_weight import BLOCK_TYPES
+from kvshare.kernels.quantized_weight import BLOCK_TYPES, ActivationWidth
 from kvshare.layers.embedding import Embedding
 from kvshare.layers.experts import Experts
 from kvshare.layers.linear import Linear, RouterLinear
@@ -59,12 +59,23 @@ def layers_in_blocks(model: nn.Module, sources: Mapping[str, Source], checkpoint
     return {path: names for path, names in block_matrices(model, sources).items() if all(map(stays, names))}
 
 
+def has_blocks(model: nn.Module) -> bool:
+    """Whether any of its weights are multiplied as quantized blocks."""
+    return any(isinstance(module, QuantizedLinear | QuantizedEmbedding | QuantizedExperts) for module in model.modules())
+
+
 def put_block_layer(
-    model: nn.Module, path: str, sources: Sequence[Source], checkpoint: Checkpoint, dtype: torch.dtype, resident: ResidentMemory | None
+    model: nn.Module,
+    path: str,
+    sources: Sequence[Source],
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    resident: ResidentMemory | None,
+    activations: ActivationWidth,
 ) -> None:
     """Put a layer that multiplies with blocks in the place of the one at `path`, whose weights come from `sources`."""
     weights = [list(_parts(source, checkpoint, resident)) for source in sources]
-    model.set_submodule(path, _block_layer(model.get_submodule(path), weights, dtype))
+    model.set_submodule(path, _block_layer(model.get_submodule(path), weights, dtype, activations))
 
 
 def _parts(source: Source, checkpoint: Checkpoint, resident: ResidentMemory | None) -> Iterator[_Part]:
@@ -78,15 +89,15 @@ def _parts(source: Source, checkpoint: Checkpoint, resident: ResidentMemory | No
             yield resident.hold(plain) if resident else plain
 
 
-def _block_layer(layer: nn.Module, weights: Sequence[Sequence[_Part]], dtype: torch.dtype) -> nn.Module:
+def _block_layer(layer: nn.Module, weights: Sequence[Sequence[_Part]], dtype: torch.dtype, activations: ActivationWidth) -> nn.Module:
     """What stands in for `layer`, each of whose weights is these parts, one below the other."""
     if isinstance(layer, Experts):
         gate_up, down = weights
-        return QuantizedExperts(layer.num_experts, gate_up, down, layer.activation)
+        return QuantizedExperts(layer.num_experts, gate_up, down, layer.activation, activations)
     (parts,) = weights
     if isinstance(layer, Embedding):
         (table,) = parts
         assert isinstance(table, PackedBlocks | InterleavedBlocks)
-        return QuantizedEmbedding(table, dtype)
+        return QuantizedEmbedding(table, dtype, activations)
     assert isinstance(layer, Linear)
-    return QuantizedLinear(parts, layer.bias)
+    return QuantizedLinear(parts, layer.bias, activations)

@@ -18,6 +18,7 @@ from kvshare.checkpoints.progress import Progress
 from kvshare.checkpoints.resident import ResidentMemory
 from kvshare.checkpoints.source import Source
 from kvshare.errors import CheckpointError
+from kvshare.kernels.quantized_weight import ActivationWidth
 from kvshare.layout import layout_from_config
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,12 @@ def load_weights(
     progress: Progress | None = None,
     keep_blocks: bool = False,
     resident: ResidentMemory | None = None,
+    activations: ActivationWidth = "int16",
 ) -> tuple[str, ...]:
     """Fill `model`, built on the meta device, from `checkpoint`: floating-point numbers become `dtype`, integers stay what they are.
 
     With `keep_blocks`, linear layers, embeddings and experts that the checkpoint holds in quantized blocks keep them, and native kernels
-    multiply with the blocks; without, all are widened to `dtype`.
+    multiply with the blocks, by activations that are rounded to `activations`; without, all are widened to `dtype`.
     Every shape is compared before any data is read. A tensor that is stored in the dtype it is wanted in, and blocks, stay views of
     the mapped file, unless `resident` holds copies of all but the `memory_mapped` ones. Returns (and logs) the tensors of the file
     that nobody reads, but for the k and v of layers that share another layer's cache, which are expected to lie there dead. Raises
@@ -78,7 +80,7 @@ def load_weights(
                 progress(done, total)
         _assign(model, name, loaded[id(old)])
     for path, names in sorted(block_layers.items()):  # behind the rest: the layer takes its bias along
-        put_block_layer(model, path, [sources[name] for name in names], checkpoint, dtype, resident)
+        put_block_layer(model, path, [sources[name] for name in names], checkpoint, dtype, resident, activations)
         done += sum(wanted[name].nbytes for name in names)
         if progress:
             progress(done, total)

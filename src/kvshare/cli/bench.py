@@ -25,6 +25,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Times that everything is measured; medians are shown.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, show_default="torch's own number", help="Threads that compute.")] = None,
     weights: options.Weights = "auto",
+    activations: options.Activations = "int16",
     kv_dtype: options.KVDtype = None,
     kv_layout: options.KVLayout = "plain",
     dtype: options.Dtype = "auto",
@@ -50,9 +51,8 @@ def bench(
         check_path(plot)
     if threads is not None:
         torch.set_num_threads(threads)
-    found = _measure(
-        model, contexts, batches, decode, rounds, {"dtype": dtype, "kv_dtype": kv_dtype, "kv_layout": kv_layout, "weights": weights}
-    )
+    loading = {"dtype": dtype, "kv_dtype": kv_dtype, "kv_layout": kv_layout, "weights": weights, "activations": activations}
+    found = _measure(model, contexts, batches, decode, rounds, loading)
     summaries = summarize(found["rows"])
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -103,6 +103,7 @@ def _measure(
         "model": llm.origin,
         "dtype": str(llm.dtype).removeprefix("torch."),
         "weights": loading["weights"],
+        "activations": llm.activations,
         "kv_dtype": describe_precision(llm.engine.precision, llm.layout),
         "threads": torch.get_num_threads(),
         "kernels": kernels.isa() if kernels.available() else None,
@@ -136,7 +137,11 @@ def _print(found: dict[str, Any], summaries: Sequence[Summary]) -> None:
     console.print(Text(found["model"], style="bold"), soft_wrap=True)
     runs = found["kernels"] or "no native kernels"
     console.print(
-        Text(f"{found['dtype']}, weights {found['weights']}, {found['kv_dtype']} cache, {found['threads']} threads, {runs}", style="dim")
+        Text(
+            f"{found['dtype']}, weights {found['weights']}, {found['activations']} activations, {found['kv_dtype']} cache, "
+            f"{found['threads']} threads, {runs}",
+            style="dim",
+        )
     )
     reads, multiplies = (median(each[name] for each in found["rows"]) for name in ("read_gb_s", "gemm_gflop_s"))
     console.print(Text(f"{found['processor']}: reads {reads:.1f} GB/s, multiplies {multiplies:,.0f} GFLOP/s in bf16", style="dim"))

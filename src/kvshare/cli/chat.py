@@ -47,6 +47,7 @@ def chat(
     kv_layout: options.KVLayout = "plain",
     weights: options.Weights = "auto",
     weight_cache: options.WeightCache = True,
+    activations: options.Activations = "int16",
     kv_dtype: options.KVDtype = None,
 ) -> None:
     """Talk to a model.
@@ -54,7 +55,7 @@ def chat(
     Models without a chat template continue the text that you type. Answers go to stdout, everything else to stderr.
     A pipe works too: each line of stdin is a message.
     """
-    llm = options.load_llm(model, dtype, max_context, kv_memory, kv_layout, kv_dtype, weights, weight_cache)
+    llm = options.load_llm(model, dtype, max_context, kv_memory, kv_layout, kv_dtype, weights, weight_cache, activations)
     params = llm.default_sampling_params(
         temperature=temperature,
         top_k=top_k,

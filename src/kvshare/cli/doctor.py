@@ -33,6 +33,7 @@ def doctor(
     kv_layout: options.KVLayout = "plain",
     weights: options.Weights = "auto",
     weight_cache: options.WeightCache = True,
+    activations: options.Activations = "int16",
     kv_dtype: options.KVDtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")] = False,
 ) -> None:
@@ -41,7 +42,8 @@ def doctor(
     Runs the text in one step, in chunks, token by token, in a ragged batch, with the tail skipped, and through transformers where that
     loads the same weights. The dtype that is served is held to equal tokens or near ties; float32, where it fits the memory, to equal
     logits. Pages are hashed around every layer that must not write them, and counted against the plan after every step. Quantized weights
-    (--weights) and lossy caches (--kv-dtype) are held to a divergence from plain weights and exact rows.
+    (--weights), lossy caches (--kv-dtype) and rounded activations (--activations int8) are held to a divergence from plain weights, exact
+    rows, and one step that does not round activations.
     Exit status: 0 all good, 1 a check failed, 2 the command is wrong.
     """
     if model is None:
@@ -65,6 +67,7 @@ def doctor(
             weights=weights,
             kv_dtype=kv_dtype,
             weight_cache=weight_cache,
+            activations=activations,
             notice=notice,
         )
     if as_json:

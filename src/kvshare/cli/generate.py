@@ -53,6 +53,7 @@ def generate(
     kv_layout: options.KVLayout = "plain",
     weights: options.Weights = "auto",
     weight_cache: options.WeightCache = True,
+    activations: options.Activations = "int16",
     kv_dtype: options.KVDtype = None,
 ) -> None:
     """Complete a prompt.
@@ -63,7 +64,7 @@ def generate(
     if logprobs is not None and not as_json:
         raise RequestError("--logprobs needs --json: there is no place for them beside the text")
     text = _read_prompt(prompt, file)
-    llm = options.load_llm(model, dtype, max_context, kv_memory, kv_layout, kv_dtype, weights, weight_cache, max_sequences=max(1, n))
+    llm = options.load_llm(model, dtype, max_context, kv_memory, kv_layout, kv_dtype, weights, weight_cache, activations, max(1, n))
     ids = llm.chat_prompt([{"role": "user", "content": text}]) if chat else llm.tokenizer.encode(text)
     if max_tokens is None:
         max_tokens = max(1, min(DEFAULT_MAX_TOKENS, llm.max_context - len(ids)))

@@ -64,6 +64,7 @@ def serve(
     kv_layout: options.KVLayout = "plain",
     weights: options.Weights = "auto",
     weight_cache: options.WeightCache = True,
+    activations: options.Activations = "int16",
     kv_dtype: options.KVDtype = None,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API: chat completions, completions, models, and /health.
@@ -80,7 +81,9 @@ def serve(
     sock = listen(host, port)
     local = is_loopback(sock)
     worker = Worker(
-        lambda: options.load_llm(model, dtype, max_context, kv_memory, kv_layout, kv_dtype, weights, weight_cache, max_num_seqs),
+        lambda: options.load_llm(
+            model, dtype, max_context, kv_memory, kv_layout, kv_dtype, weights, weight_cache, activations, max_num_seqs
+        ),
         on_loaded=lambda llm: _say(f"{_describe(llm)}\nready: {address_of(sock)}/v1, model {name!r}; Ctrl-C stops it"),
         on_failed=lambda: setattr(server, "should_exit", True),
     )

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kvshare.checkpoints import Checkpoint, open_checkpoint
 from kvshare.checkpoints.block_encoding import PRECISIONS
+from kvshare.checkpoints.block_layers import has_blocks
 from kvshare.checkpoints.resolve import locate
 from kvshare.checkpoints.tokenizer import Tokenizer
 from kvshare.demo import sample_text
-from kvshare.doctor.losses import cache_check, has_blocks, is_lossy, ways_bound, weights_check
+from kvshare.doctor.losses import activations_check, cache_check, is_lossy, ways_bound, weights_check
 from kvshare.doctor.oracle import oracle_check
 from kvshare.doctor.pages import boundary_check
 from kvshare.doctor.report import Check, Report
@@ -23,6 +24,7 @@ from kvshare.doctor.serving import serving_checks
 from kvshare.engine.llm import LLM, free_memory
 from kvshare.errors import RequestError
 from kvshare.evaluation.perplexity import perplexity
+from kvshare.kernels.quantized_weight import ActivationWidth
 from kvshare.layout import CacheLayout
 
 LEAST_TOKENS, MOST_TOKENS = 128, 1100
@@ -43,18 +45,19 @@ def examine(
     weights: str = "auto",
     kv_dtype: str | None = None,
     weight_cache: bool = True,
+    activations: ActivationWidth = "int16",
     notice: Notice = lambda _: None,
 ) -> Report:
     """Prove on the model itself that every way of running it is the same, that no reader writes, and that the plan is the allocation.
 
     `dtype` "auto" runs what is served (quantized blocks as they are), then float32 where its weights fit the memory; another runs alone.
-    `weights` and `kv_dtype` as in `LLM`: where they are given, only the dtype that is served is run, and what rounding does to the
-    predictions is a check of its own, with a bound.
+    `weights`, `kv_dtype` and `activations` as in `LLM`: where they are given, only the dtype that is served is run, and what rounding does
+    to the predictions is a check of its own, with a bound.
     `text` defaults to `sample_text()`, `num_tokens` to what crosses the model's windows, at most 1,100.
     Raises `RequestError` for a text that is too short, and whatever loading raises; a property that does not hold is a failed check.
     """
-    if dtype == "float32" and (weights != "auto" or kv_dtype is not None):
-        raise RequestError("float32 is held to equal logits, which rounded weights and caches do not give: leave dtype away")
+    if dtype == "float32" and (weights != "auto" or kv_dtype is not None or activations != "int16"):
+        raise RequestError("float32 is held to equal logits, which rounded weights, caches and activations do not give: leave dtype away")
     path = locate(where)
     checkpoint = open_checkpoint(path)
     notice("loading the weights")
@@ -65,6 +68,7 @@ def examine(
         weights=weights,
         kv_dtype=kv_dtype,
         weight_cache=weight_cache,
+        activations=activations,
         max_sequences=4,
         progress=False,
     )
@@ -75,6 +79,7 @@ def examine(
         dtype == "auto"
         and weights == "auto"
         and kv_dtype is None
+        and activations == "int16"
         and llm.dtype != torch.float32
         and _num_parameters(checkpoint) * 4 < _ROOM * free_memory()
     )
@@ -104,7 +109,9 @@ def _examine_dtype(report: Report, llm: LLM, ids: Sequence[int], notice: Notice,
         exact = one_shot(llm.model, ids) if lossy else ways.reference
         if lossy:
             report.checks.append(cache_check(llm.model, exact, ways.reference, llm.engine.precision, dtype))
-        bound = ways_bound(llm.layout, llm.engine.precision, dtype)
+        if llm.activations == "int8":
+            report.checks.append(activations_check(ways, dtype))
+        bound = ways_bound(llm.layout, llm.engine.precision, dtype, llm.activations)
         for name, difference, remark in ways.checks():
             report.checks.append(difference.check(name, dtype, remark, bound))
             notice(f"{dtype}: behind {name}")

@@ -12,11 +12,9 @@ from kvshare.checkpoints import open_checkpoint
 from kvshare.checkpoints.weights import load_weights
 from kvshare.doctor.comparison import DIVERGENCE_BOUND, compare
 from kvshare.doctor.report import Check
-from kvshare.doctor.running import one_shot
+from kvshare.doctor.running import Ways, one_shot
 from kvshare.engine.llm import free_memory
-from kvshare.layers.quantized_embedding import QuantizedEmbedding
-from kvshare.layers.quantized_experts import QuantizedExperts
-from kvshare.layers.quantized_linear import QuantizedLinear
+from kvshare.kernels.quantized_weight import ROWS_IN_BLOCKS, ActivationWidth
 from kvshare.layout import CacheLayout, PrecisionChoice
 from kvshare.layout.precision import describe_precision
 from kvshare.layout.rows import NATIVE
@@ -26,6 +24,9 @@ from kvshare.models.model import Model
 WEIGHTS_BOUND = {"int8": 0.02, "int4": 1.0}
 """Mean KL in nats a token. Bytes that are read wrongly give several nats. The rounding itself gives 0.002 in 8 bits; in 4 bits 0.4 in a
 model of 135M parameters, and less in larger ones."""
+
+ACTIVATIONS_BOUND = 0.05
+"""The same for activations in 8 bits, which give 0.003 in models of 135M and 270M parameters."""
 
 CACHE_BOUND = {9: 0.02, 8: 0.05, 4: 1.0, 3: 2.0, 2: 3.0}
 """The same by the bits of the coarsest owner: wide, because what a precision costs depends on the model. `kvshare tune` measures it."""
@@ -39,11 +40,6 @@ def is_lossy(layout: CacheLayout, precision: PrecisionChoice) -> bool:
     """Whether any owner's rows are rounded when they are stored."""
     found = [layout.precision_of(owner, precision) for owner in layout.owners]
     return any(each.bits < 16 or each.name == NATIVE for each in found)
-
-
-def has_blocks(model: Model) -> bool:
-    """Whether any weights are multiplied as quantized blocks."""
-    return any(isinstance(module, QuantizedLinear | QuantizedEmbedding | QuantizedExperts) for module in model.modules())
 
 
 def weights_check(
@@ -63,9 +59,22 @@ def weights_check(
     return compare(plain.logits, one_shot(plain, ids), hidden, model.logits).loss(name, dtype_name, bound)
 
 
-def ways_bound(layout: CacheLayout, precision: PrecisionChoice, dtype: str) -> float:
-    """The mean divergence that two ways of running may have from each other, where they read rows in `precision`."""
-    least = DIVERGENCE_BOUND.get(dtype, 0.0)
+def activations_check(ways: Ways, dtype: str) -> Check:
+    """Predictions with activations rounded wherever they are, in chunks that meet blocks, against one step that rounds few of them."""
+    hidden = ways.watch().run(ways.ids, [len(part) for part in torch.tensor(ways.ids).split(ROWS_IN_BLOCKS)])
+
+    def logits(rows: Tensor) -> Tensor:  # [rows, hidden] -> [rows, vocab]
+        return torch.cat([ways.model.logits(part) for part in rows.split(ROWS_IN_BLOCKS)])
+
+    return compare(ways.model.logits, ways.reference, hidden, logits).loss("int8 activations, as exact", dtype, ACTIVATIONS_BOUND)
+
+
+def ways_bound(layout: CacheLayout, precision: PrecisionChoice, dtype: str, activations: ActivationWidth) -> float:
+    """The mean divergence that two ways of running may have from each other, where they read rows in `precision`.
+
+    In steps of many tokens activations are not rounded.
+    """
+    least = max(DIVERGENCE_BOUND.get(dtype, 0.0), ACTIVATIONS_BOUND if activations == "int8" else 0.0)
     return max(least, _SHARE_OF_ROUNDING * _cache_bound(layout, precision)) if is_lossy(layout, precision) else least
 
 

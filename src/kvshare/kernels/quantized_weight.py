@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from kvshare.kernels.native import module
 from kvshare.kernels.program import records
 
 GROUP = 32  # activations that share a scale
-LARGEST_Q = 127 * 256 + 127  # of two signed bytes
 SMALLEST = 1e-30  # a group of smaller activations counts as zeros
 ROWS_IN_BLOCKS = 48  # up to so many rows are multiplied with the blocks themselves; more pay for decoding them
 PANEL_BYTES = 6 << 20  # of decoded weights: in the cache when they are multiplied; for each panel the product orders the activations anew
@@ -26,17 +26,24 @@ PANEL_ROWS = 64  # that a panel has a multiple of
 BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 """The formats, as `PackedBlocks.type` names them, that the kernels multiply."""
 
+ActivationWidth = Literal["int16", "int8"]
+"""The integers that activations are rounded to where they meet blocks."""
+
+LARGEST_Q: Mapping[ActivationWidth, int] = {"int16": 127 * 256 + 127, "int8": 127}
+"""The largest of each: 16 bits are two signed bytes."""
+
 
 class QuantizedWeight:
     """Matrices of the same width behind one another, each in its own format: [out_features, in_features] as a whole.
 
     A part is `PackedBlocks`, `InterleavedBlocks` or a bfloat16 matrix [rows, in_features]. Up to `ROWS_IN_BLOCKS` rows of activations are
-    spelled in 16 bits with a scale for every 32 (not for bfloat16 parts) and multiplied with the blocks, which are read from memory once;
-    a row's result does not depend on the rows beside it. More rows are left as they are, and the weights decoded a panel at a time.
+    rounded to `activations` with a scale for every 32 (not for bfloat16 parts) and multiplied with the blocks, which are read from memory
+    once; a row's result does not depend on the rows beside it. More rows are left as they are, and the weights decoded a panel at a time.
     Raises `ValueError` for parts that do not fit together.
     """
 
-    def __init__(self, parts: Sequence[PackedBlocks | InterleavedBlocks | Tensor]):
+    def __init__(self, parts: Sequence[PackedBlocks | InterleavedBlocks | Tensor], activations: ActivationWidth = "int16"):
+        self.activations: ActivationWidth = activations
         self.parts = tuple(parts)  # keeps the bytes alive
         native = module()
         self.in_features = parts[0].shape[-1]
@@ -51,7 +58,7 @@ class QuantizedWeight:
             ):
                 raise ValueError(f"a part {tuple(part.shape)} of {name} in {data.dtype} does not fit rows of {self.in_features}")
             segments.append((data.data_ptr(), part.shape[0], native.BlockType[name], isinstance(part, InterleavedBlocks)))
-        self.native = native.QuantizedWeight(segments, self.in_features)
+        self.native = native.QuantizedWeight(segments, self.in_features, 1 if activations == "int8" else 2)
         self.out_features: int = self.native.out_features
 
     @property
@@ -118,15 +125,17 @@ class _Panel(threading.local):
 _PANEL = _Panel()
 
 
-def round_activations(x: Tensor) -> Tensor:  # [..., in_features] -> float64, the same shape
-    """What the kernels make of activations: integers of 16 bits, to nearest even, times a scale for every 32."""
+def round_activations(x: Tensor, to: ActivationWidth = "int16") -> Tensor:  # [..., in_features] -> float64, the same shape
+    """What the kernels make of activations: integers, to nearest even, times a scale for every 32."""
     groups = x.float().unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > SMALLEST, torch.full_like(largest, LARGEST_Q) / largest, 0)
-    return (torch.round(groups * inverse).double() * (largest / LARGEST_Q).double()).flatten(-2)
+    inverse = torch.where(largest > SMALLEST, torch.full_like(largest, LARGEST_Q[to]) / largest, 0)
+    return (torch.round(groups * inverse).double() * (largest / LARGEST_Q[to]).double()).flatten(-2)
 
 
-def reference_matmul(parts: Sequence[PackedBlocks | Tensor], x: Tensor) -> Tensor:  # [rows, in_features] -> float64 [rows, out_features]
+def reference_matmul(
+    parts: Sequence[PackedBlocks | Tensor], x: Tensor, activations: ActivationWidth = "int16"
+) -> Tensor:  # [rows, in_features] -> float64 [rows, out_features]
     """`QuantizedWeight.matmul` of up to `ROWS_IN_BLOCKS` rows in plain torch.
 
     The kernels add in float32 and in another order: they differ by at most 2^-20 of the sum of |x| |w| before `out` is rounded.
@@ -136,5 +145,5 @@ def reference_matmul(parts: Sequence[PackedBlocks | Tensor], x: Tensor) -> Tenso
         if isinstance(part, Tensor):
             outs.append(x.double() @ part.double().T)
         else:
-            outs.append(round_activations(x) @ part.dequantize().double().T)
+            outs.append(round_activations(x, activations) @ part.dequantize().double().T)
     return torch.cat(outs, dim=-1)

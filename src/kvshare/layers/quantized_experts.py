@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.kernels.interleaved_blocks import InterleavedBlocks
-from kvshare.kernels.quantized_weight import QuantizedWeight
+from kvshare.kernels.quantized_weight import ActivationWidth, QuantizedWeight
 from kvshare.layers.activations import GatedActivation
 from kvshare.layers.experts import RoutedExperts
 
@@ -25,9 +25,10 @@ class QuantizedExperts(RoutedExperts):
         gate_up: Sequence[PackedBlocks | InterleavedBlocks | Tensor],  # [experts * 2 * intermediate, hidden], an expert's gates first
         down: Sequence[PackedBlocks | InterleavedBlocks | Tensor],  # [experts * hidden, intermediate]
         activation: GatedActivation,
+        activations: ActivationWidth = "int16",
     ):
         super().__init__(num_experts, activation)
-        self.gate_up, self.down = QuantizedWeight(gate_up), QuantizedWeight(down)
+        self.gate_up, self.down = QuantizedWeight(gate_up, activations), QuantizedWeight(down, activations)
 
     def few_rows_weights(self, x: Tensor) -> tuple[QuantizedWeight, QuantizedWeight] | None:  # [tokens, hidden]
         return self.gate_up, self.down

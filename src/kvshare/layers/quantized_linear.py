@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kvshare.checkpoints.gguf_blocks import PackedBlocks
 from kvshare.kernels.interleaved_blocks import InterleavedBlocks
-from kvshare.kernels.quantized_weight import QuantizedWeight
+from kvshare.kernels.quantized_weight import ActivationWidth, QuantizedWeight
 from kvshare.kernels.small_ops import with_bias
 
 
@@ -19,9 +19,14 @@ class QuantizedLinear(nn.Module):
     The blocks are no parameters, and no gradient reaches them.
     """
 
-    def __init__(self, parts: Sequence[PackedBlocks | InterleavedBlocks | Tensor], bias: Tensor | None = None):  # bias [out_features]
+    def __init__(
+        self,
+        parts: Sequence[PackedBlocks | InterleavedBlocks | Tensor],
+        bias: Tensor | None = None,  # [out_features]
+        activations: ActivationWidth = "int16",
+    ):
         super().__init__()
-        self.weight = QuantizedWeight(parts)
+        self.weight = QuantizedWeight(parts, activations)
         self.out_features = self.weight.out_features
         self.bias = bias
 

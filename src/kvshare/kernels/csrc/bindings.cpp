@@ -53,11 +53,11 @@ NB_MODULE(_kernels, m) {
     });
     nb::class_<QuantizedWeight>(m, "QuantizedWeight")
         .def("__init__",
-             [](QuantizedWeight* self, const std::vector<std::tuple<uintptr_t, int64_t, BlockType, bool>>& segments, int64_t in_features) {
+             [](QuantizedWeight* self, const std::vector<std::tuple<uintptr_t, int64_t, BlockType, bool>>& segments, int64_t in_features, int activation_bytes) {
                  std::vector<Segment> all;
                  for (const auto& [address, count, type, interleaved] : segments) all.push_back({at<const uint8_t>(address), count, type, interleaved});
-                 new (self) QuantizedWeight(std::move(all), in_features);
-             }, "segments"_a, "in_features"_a)
+                 new (self) QuantizedWeight(std::move(all), in_features, activation_bytes);
+             }, "segments"_a, "in_features"_a, "activation_bytes"_a)
         .def_prop_ro("in_features", &QuantizedWeight::in_features)
         .def_prop_ro("out_features", &QuantizedWeight::out_features)
         .def_prop_ro("bytes", &QuantizedWeight::bytes)

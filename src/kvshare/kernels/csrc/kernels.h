@@ -40,23 +40,24 @@ struct WeightRows {
     int64_t skip, count;
 };
 
-// Rows of activations as numbers of 16 bits with a scale for every 32: x = scale * q, |q| <= LARGEST_Q. Their length is a multiple of 32. Groups of 32
-// of all rows lie beside one another, so that a product of several rows finds them behind a single address.
+// Rows of activations as signed integers of one or two bytes with a scale for every 32: x = scale * q, |q| <= largest(). Their length is a multiple of
+// 32. Groups of 32 of all rows lie beside one another, so that a product of several rows finds them behind a single address.
 struct Activations {
-    int16_t* q;      // [k / 32, rows, 32] (AVX512 keeps the bytes of each 32 apart: 32 upper ones u, then 32 lower ones l, both signed, q = 256 u + l)
+    int8_t* q;       // [k / 32, rows, 32] (AVX512 keeps two bytes of each 32 apart: 32 upper ones u, then 32 lower ones l, both signed, q = 256 u + l)
     float* scale;    // [k / 32, rows]
     float* sum;      // [k / 32, rows] scale times the sum of 32 q: what a minimum of the weights is multiplied by
     int32_t* sum32;  // [k / 32, rows] the sum of 32 q: what an offset of the weights is multiplied by
     int32_t* sum16;  // [k / 32, rows, 2] the same for 16
     int64_t rows;
+    int bytes;  // of a number
 
+    float largest() const { return bytes == 2 ? 127 * 256 + 127 : 127; }
     Activations from(int64_t row, int64_t group = 0) const {  // the same rows without those before `row`, and without the groups before `group`
         const int64_t at = group * rows + row;
-        return {q + 32 * at, scale + at, sum + at, sum32 + at, sum16 + 2 * at, rows};
+        return {q + 32 * bytes * at, scale + at, sum + at, sum32 + at, sum16 + 2 * at, rows, bytes};
     }
 };
 
-constexpr float LARGEST_Q = 127 * 256 + 127;
 constexpr float SMALLEST = 1e-30f;  // 32 numbers below count as zeros: their scale could not be divided by
 constexpr int64_t MAX_ROWS = 8;     // rows of activations that one call multiplies
 constexpr int64_t ATTEND_ROWS = 32;  // rows of the cache that one call attends to

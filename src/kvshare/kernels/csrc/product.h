@@ -8,11 +8,15 @@ inline void round_row(const void* x, bool bf16, int64_t begin, int64_t end, cons
         float largest = 0;
         for (int i = 0; i < 32; i++) v[i] = bf16 ? bf16_to_float(static_cast<const uint16_t*>(x)[start + i]) : static_cast<const float*>(x)[start + i];
         for (int i = 0; i < 32; i++) largest = fabsf(v[i]) > largest ? fabsf(v[i]) : largest;
-        const float inverse = largest > SMALLEST ? LARGEST_Q / largest : 0.0f, scale = largest / LARGEST_Q;
+        const float inverse = largest > SMALLEST ? to.largest() / largest : 0.0f, scale = largest / to.largest();
         const Activations group = to.from(0, start / 32);
         int32_t sums[2] = {};
-        for (int i = 0; i < 32; i++) group.q[i] = int16_t(rintf(v[i] * inverse));
-        for (int i = 0; i < 32; i++) sums[i / 16] += group.q[i];
+        int16_t q[32];
+        for (int i = 0; i < 32; i++) q[i] = int16_t(rintf(v[i] * inverse));
+        for (int i = 0; i < 32; i++) sums[i / 16] += q[i];
+        if (to.bytes == 2) memcpy(group.q, q, sizeof q);
+        else
+            for (int i = 0; i < 32; i++) group.q[i] = int8_t(q[i]);
         *group.scale = scale;
         *group.sum32 = sums[0] + sums[1];
         *group.sum = scale * float(sums[0] + sums[1]);
@@ -24,7 +28,8 @@ inline void round_row(const void* x, bool bf16, int64_t begin, int64_t end, cons
 #if defined(__AVX2__)
 class GroupSums {
   public:
-    void add(const int8_t* w, const int16_t* x, float first, float second) {
+    template <typename Number>
+    void add(const int8_t* w, const Number* x, float first, float second) {
         sums_ = _mm256_fmadd_ps(_mm256_set1_ps(first), sixteen(w, x), sums_);
         sums_ = _mm256_fmadd_ps(_mm256_set1_ps(second), sixteen(w + 16, x + 16), sums_);
     }
@@ -35,16 +40,19 @@ class GroupSums {
     }
 
   private:
-    static __m256 sixteen(const int8_t* w, const int16_t* x) {
-        const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-        return _mm256_cvtepi32_ps(_mm256_madd_epi16(wide, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+    static __m256i wide(const int16_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+    static __m256i wide(const int8_t* x) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
+    template <typename Number>
+    static __m256 sixteen(const int8_t* w, const Number* x) {
+        return _mm256_cvtepi32_ps(_mm256_madd_epi16(wide(w), wide(x)));
     }
     __m256 sums_ = _mm256_setzero_ps();
 };
 #else
 class GroupSums {
   public:
-    void add(const int8_t* w, const int16_t* x, float first, float second) {
+    template <typename Number>
+    void add(const int8_t* w, const Number* x, float first, float second) {
         int32_t sums[2] = {};
         for (int h = 0; h < 2; h++)
             for (int i = 16 * h; i < 16 * h + 16; i++) sums[h] += int32_t(w[i]) * x[i];
@@ -57,7 +65,7 @@ class GroupSums {
 };
 #endif
 
-template <BlockType T>
+template <BlockType T, typename Number>
 void multiply_blocks(const uint8_t* weights, int64_t count, int64_t k, const Activations& x, int rows, float* y, int64_t stride) {
     constexpr BlockShape shape = shape_of(T);
     const int64_t row_bytes = k / shape.weights * shape.bytes;
@@ -69,7 +77,7 @@ void multiply_blocks(const uint8_t* weights, int64_t count, int64_t k, const Act
             read_group<T>(weights + n * row_bytes, g, w);
             for (int r = 0; r < rows; r++) {
                 const Activations group = x.from(r, g);
-                sums[r].add(w.q, group.q, *group.scale * w.scale[0], *group.scale * w.scale[1]);
+                sums[r].add(w.q, reinterpret_cast<const Number*>(group.q), *group.scale * w.scale[0], *group.scale * w.scale[1]);
                 minima[r] += w.minimum * *group.sum;
             }
         }
@@ -127,6 +135,9 @@ inline void decode_rows(const WeightRows& weights, int64_t k, void* to, bool bf1
 
 inline void multiply_rows(const WeightRows& weights, int64_t k, const Activations& x, int rows, float* y, int64_t stride, const uint8_t*) {
     with_format(weights.type, [&]<BlockType T>() {
-        in_file_order<T>(weights, k, [&](const uint8_t* from, int64_t first, int64_t count) { multiply_blocks<T>(from, count, k, x, rows, y + first, stride); });
+        in_file_order<T>(weights, k, [&](const uint8_t* from, int64_t first, int64_t count) {
+            if (x.bytes == 2) multiply_blocks<T, int16_t>(from, count, k, x, rows, y + first, stride);
+            else multiply_blocks<T, int8_t>(from, count, k, x, rows, y + first, stride);
+        });
     });
 }

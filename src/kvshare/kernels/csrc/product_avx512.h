@@ -1,5 +1,5 @@
-// Products with blocks for AVX512 with VNNI. A row of activations is 16 bits a number, in two signed bytes: sixteen rows of weights meet one
-// broadcast word of it in each instruction, first the upper bytes, then, with the sum shifted by 8, the lower ones. The sums of a group are exact.
+// Products with blocks for AVX512 with VNNI. A row of activations is one or two signed bytes a number: sixteen rows of weights meet one broadcast word
+// of it in each instruction; of two bytes first the upper ones, then, with the sum shifted by 8, the lower ones. The sums of a group are exact.
 #pragma once
 
 inline void round_avx512(const void* x, bool bf16, int64_t begin, int64_t end, const Activations& to) {
@@ -11,15 +11,15 @@ inline void round_avx512(const void* x, bool bf16, int64_t begin, int64_t end, c
             else v[h] = _mm512_loadu_ps(static_cast<const float*>(x) + at);
         }
         const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(v[0]), _mm512_abs_ps(v[1])));
-        const float inverse = largest > SMALLEST ? LARGEST_Q / largest : 0.0f, scale = largest / LARGEST_Q;
+        const float inverse = largest > SMALLEST ? to.largest() / largest : 0.0f, scale = largest / to.largest();
         const Activations group = to.from(0, start / 32);
-        int8_t* bytes = reinterpret_cast<int8_t*>(group.q);
+        int8_t* lower = group.q + 32 * (to.bytes - 1);
         int32_t sums[2];
         for (int h = 0; h < 2; h++) {
             const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[h], _mm512_set1_ps(inverse)));
             const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 16 * h), _mm512_cvtepi32_epi8(upper));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 32 + 16 * h), _mm512_cvtepi32_epi8(q));
+            if (to.bytes == 2) _mm_storeu_si128(reinterpret_cast<__m128i*>(group.q + 16 * h), _mm512_cvtepi32_epi8(upper));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(lower + 16 * h), _mm512_cvtepi32_epi8(q));
             sums[h] = _mm512_reduce_add_epi32(q);
             group.sum16[h] = sums[h];
         }
@@ -60,15 +60,16 @@ class LinesAhead {
 
 constexpr int64_t STREAM_AHEAD = 8 << 10;  // bytes that interleaved weights are asked for before they are multiplied: 4 and 16 KB are slower
 
-// Sixteen rows of weights by Rows of activations: totals[r], a row of weights a lane.
-template <BlockType T, int Rows, typename Strip>
+// Sixteen rows of weights by Rows of activations of Width bytes a number: totals[r], a row of weights a lane.
+template <BlockType T, int Width, int Rows, typename Strip>
 inline __attribute__((always_inline)) void multiply_strip(Strip strip, int64_t blocks, Activations x, LinesAhead& lines, __m512* totals) {
     using Format = Reader<T>;
     constexpr int halves = Format::halves, words = 8 / halves;
     // Beside the sums of more rows, the weights of several groups would not fit the registers: they are unpacked anew for each, and of that what
     // concerns the others falls away. Those of the file are transposed, which costs more.
-    constexpr bool anew = Rows > 2 && std::is_same_v<Strip, InterleavedStrip<T>>;
+    constexpr bool anew = Rows * Width > 4 && std::is_same_v<Strip, InterleavedStrip<T>>;
     each<Rows>([&](auto r) __attribute__((always_inline)) { totals[r] = _mm512_setzero_ps(); });
+    x.bytes = Width;
     Format reader;
     for (int64_t block = 0; block < blocks; block++) {
         strip.open(block);
@@ -79,18 +80,20 @@ inline __attribute__((always_inline)) void multiply_strip(Strip strip, int64_t b
             const auto multiply = [&](auto g) __attribute__((always_inline)) {
                 asm("" : "+r"(x.q), "+r"(x.scale), "+r"(x.sum), "+r"(x.sum32), "+r"(x.sum16));  // one address each: gcc 12 would keep and count up one for each word
                 each<halves>([&](auto h) __attribute__((always_inline)) {
-                    const uint8_t* q = reinterpret_cast<const uint8_t*>(x.q) + 4 * words * h;
-                    __m512i upper[Rows], lower[Rows];
-                    each<Rows>([&](auto r) __attribute__((always_inline)) { upper[r] = lower[r] = _mm512_setzero_si512(); });
+                    const int8_t* q = x.q + 4 * words * h;
+                    __m512i sums[Rows][Width];
+                    each<Rows>([&](auto r) __attribute__((always_inline)) {
+                        each<Width>([&](auto b) __attribute__((always_inline)) { sums[r][b] = _mm512_setzero_si512(); });
+                    });
                     each<words>([&](auto i) __attribute__((always_inline)) {
                         const Bytes w = unpacked.w[8 * g + words * h + i];
                         each<Rows>([&](auto r) __attribute__((always_inline)) {
-                            add_products(upper[r], w, q + 64 * r + 4 * i);
-                            add_products(lower[r], w, q + 64 * r + 4 * i + 32);
+                            each<Width>([&](auto b) __attribute__((always_inline)) { add_products(sums[r][b], w, q + 32 * (Width * r + b) + 4 * i); });
                         });
                     });
                     each<Rows>([&](auto r) __attribute__((always_inline)) {
-                        __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(upper[r], 8), lower[r]);
+                        __m512i sum = sums[r][Width - 1];
+                        if constexpr (Width == 2) sum = _mm512_add_epi32(_mm512_slli_epi32(sums[r][0], 8), sum);
                         if constexpr (Format::offset > 0)
                             sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(Format::offset * (halves == 2 ? x.sum16[2 * r + h] : x.sum32[r])));
                         const __m512 scale = _mm512_mul_ps(unpacked.scale[halves * g + h], _mm512_set1_ps(x.scale[r]));
@@ -114,35 +117,37 @@ inline __attribute__((always_inline)) void multiply_strip(Strip strip, int64_t b
     }
 }
 
-template <BlockType T, int Rows>
+template <BlockType T, int Width, int Rows>
 void multiply_strips(const WeightRows& weights, int64_t k, const Activations& x, float* y, int64_t stride, const uint8_t* ahead) {
     const int64_t blocks = k / shape_of(T).weights, strip_bytes = LANES * blocks * shape_of(T).bytes, end = weights.skip + weights.count;
     LinesAhead lines(weights.data, weights.data + end * (strip_bytes / LANES), ahead, weights.interleaved ? STREAM_AHEAD : strip_bytes);
     for (int64_t n = 0; n < end; n += LANES) {
         const uint8_t* at = weights.data + n / LANES * strip_bytes;
         __m512 totals[Rows];
-        if (weights.interleaved) multiply_strip<T, Rows>(InterleavedStrip<T>(at, blocks), blocks, x, lines, totals);
-        else multiply_strip<T, Rows>(FileStrip<T>(at, blocks, end - n), blocks, x, lines, totals);
+        if (weights.interleaved) multiply_strip<T, Width, Rows>(InterleavedStrip<T>(at, blocks), blocks, x, lines, totals);
+        else multiply_strip<T, Width, Rows>(FileStrip<T>(at, blocks, end - n), blocks, x, lines, totals);
         const int64_t first = n < weights.skip ? weights.skip - n : 0, last = end - n < LANES ? end - n : LANES;
         const __mmask16 wanted = __mmask16((1u << last) - (1u << first));
         for (int r = 0; r < Rows; r++) _mm512_mask_storeu_ps(y + r * stride + n - weights.skip, wanted, totals[r]);
     }
 }
 
-template <BlockType T>
+template <BlockType T, int Width>
 void multiply_format(const WeightRows& weights, int64_t k, const Activations& x, int rows, float* y, int64_t stride, const uint8_t* ahead) {
     switch (rows) {
-        case 1: multiply_strips<T, 1>(weights, k, x, y, stride, ahead); break;
-        case 2: multiply_strips<T, 2>(weights, k, x, y, stride, ahead); break;
-        case 3: multiply_strips<T, 3>(weights, k, x, y, stride, ahead); break;
-        case 4: multiply_strips<T, 4>(weights, k, x, y, stride, ahead); break;
-        case 5: multiply_strips<T, 5>(weights, k, x, y, stride, ahead); break;
-        case 6: multiply_strips<T, 6>(weights, k, x, y, stride, ahead); break;
-        case 7: multiply_strips<T, 7>(weights, k, x, y, stride, ahead); break;
-        default: multiply_strips<T, 8>(weights, k, x, y, stride, ahead); break;
+        case 1: multiply_strips<T, Width, 1>(weights, k, x, y, stride, ahead); break;
+        case 2: multiply_strips<T, Width, 2>(weights, k, x, y, stride, ahead); break;
+        case 3: multiply_strips<T, Width, 3>(weights, k, x, y, stride, ahead); break;
+        case 4: multiply_strips<T, Width, 4>(weights, k, x, y, stride, ahead); break;
+        case 5: multiply_strips<T, Width, 5>(weights, k, x, y, stride, ahead); break;
+        case 6: multiply_strips<T, Width, 6>(weights, k, x, y, stride, ahead); break;
+        case 7: multiply_strips<T, Width, 7>(weights, k, x, y, stride, ahead); break;
+        default: multiply_strips<T, Width, 8>(weights, k, x, y, stride, ahead); break;
     }
 }
 
+// With activations of Width bytes a number, a file each: they compile side by side.
+template <int Width>
 inline void multiply_avx512(const WeightRows& weights, int64_t k, const Activations& x, int rows, float* y, int64_t stride, const uint8_t* ahead) {
-    with_format(weights.type, [&]<BlockType T>() { multiply_format<T>(weights, k, x, rows, y, stride, ahead); });
+    with_format(weights.type, [&]<BlockType T>() { multiply_format<T, Width>(weights, k, x, rows, y, stride, ahead); });
 }

@@ -128,14 +128,14 @@ class Pieces {
 // Room for rounded rows, kept by the calling thread between calls.
 class Rounded {
   public:
-    Activations room(int64_t rows, int64_t k) {
-        const int64_t numbers = rows * 2 * k, groups = whole_lines(rows * k / 32 * 4), halves = whole_lines(rows * k / 16 * 4);
+    Activations room(int64_t rows, int64_t k, int number_bytes) {
+        const int64_t numbers = whole_lines(rows * number_bytes * k), groups = whole_lines(rows * k / 32 * 4), halves = whole_lines(rows * k / 16 * 4);
         const int64_t bytes = numbers + 3 * groups + halves + LINE;
         if (int64_t(memory_.size()) < bytes) memory_.resize(size_t(bytes));
         uint8_t* at = memory_.data() + (LINE - int64_t(reinterpret_cast<uintptr_t>(memory_.data()) % LINE)) % LINE;
         const auto take = [&](int64_t size) { return reinterpret_cast<void*>(std::exchange(at, at + size)); };
-        return {static_cast<int16_t*>(take(numbers)), static_cast<float*>(take(groups)), static_cast<float*>(take(groups)),
-                static_cast<int32_t*>(take(groups)),  static_cast<int32_t*>(take(halves)), rows};
+        return {static_cast<int8_t*>(take(numbers)), static_cast<float*>(take(groups)), static_cast<float*>(take(groups)),
+                static_cast<int32_t*>(take(groups)),  static_cast<int32_t*>(take(halves)), rows, number_bytes};
     }
 
   private:
@@ -152,7 +152,9 @@ void to_bf16(const float* from, int64_t count, uint16_t* to) {  // to nearest ev
 
 }  // namespace
 
-QuantizedWeight::QuantizedWeight(std::vector<Segment> segments, int64_t in_features) : in_features_(in_features) {
+QuantizedWeight::QuantizedWeight(std::vector<Segment> segments, int64_t in_features, int activation_bytes)
+    : in_features_(in_features), activation_bytes_(activation_bytes) {
+    if (activation_bytes != 1 && activation_bytes != 2) throw std::invalid_argument("activations of " + std::to_string(activation_bytes) + " bytes");
     // what lies behind the last segment in memory too becomes a part of it: looking for the rows of one of many experts takes a step for each segment
     const auto append = [&](const Segment& more) {
         Segment* last = segments_.empty() ? nullptr : &segments_.back();
@@ -180,7 +182,7 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
     const int64_t times = (rows + MAX_ROWS - 1) / MAX_ROWS, together = (rows + times - 1) / times;
     Pieces pieces(segments_, k, {begin, end}, threads, MOST_SUMS / together, times > 1 ? CACHED_BYTES : INT64_MAX);
     pieces.begin();
-    const Activations activations = has_blocks_ ? rounded.room(rows, k) : Activations{};
+    const Activations activations = has_blocks_ ? rounded.room(rows, k, activation_bytes_) : Activations{};
     const auto row = [&](int64_t r) { return static_cast<const uint8_t*>(x) + r * k * (x_bf16 ? 2 : 4); };
     const bool rounded_alone = has_blocks_ && (threads == 1 || rows * k <= ROUNDED_ALONE);
     if (rounded_alone)

@@ -16,9 +16,10 @@ struct Segment {
 class QuantizedWeight {
   public:
     // Throws std::invalid_argument where `in_features` is not whole blocks of every segment.
-    QuantizedWeight(std::vector<Segment> segments, int64_t in_features);
+    QuantizedWeight(std::vector<Segment> segments, int64_t in_features, int activation_bytes);
 
-    // out[r, n - begin] = weight[n] . x[r] for n in [begin, end); x and out are float32, or bfloat16 where so said.
+    // out[r, n - begin] = weight[n] . x[r] for n in [begin, end); x and out are float32, or bfloat16 where so said. Where weights are blocks, x is
+    // rounded to integers of `activation_bytes` first.
     void multiply(const Isa& isa, const void* x, bool x_bf16, void* out, bool out_bf16, int64_t rows, int64_t begin, int64_t end) const;
 
     // Rows [begin, end) as bfloat16 or float32.
@@ -31,6 +32,7 @@ class QuantizedWeight {
   private:
     std::vector<Segment> segments_;
     int64_t in_features_, out_features_ = 0, bytes_ = 0;
+    int activation_bytes_;  // 1 or 2
     bool has_blocks_ = false;  // any segment but BF16
 };
 
