@@ -3,7 +3,7 @@
     python -m benchmarks.weight_divergence MODEL --text FILE [--tokens 1024] [--window 512] [--dither]
 
 Both are computed in float32, the cache is not rounded: only the weights differ. Beside it the KL of activations rounded to int8 wherever
-they meet blocks, from the same weights: `native` are the blocks of a file.
+they meet blocks, from the same weights. A file of blocks is measured as it is (`native`).
 
 Weights out of a file of 4-bit blocks lie on a grid, and another grid of blocks fits them better than it would fit a model's own. `--dither`
 moves each weight of a linear layer by a random part of its step first, half a step at the most. Such figures compare ways of quantizing and
@@ -97,6 +97,8 @@ def measure(model: str, options: argparse.Namespace) -> None:
             precision,
             *(cell for each in found for cell in (f"{each.divergence / each.rows:.2g}", f"{1 - each.other_tokens / each.rows:.3f}")),
         )
+        if precision == "native":  # the others would leave these blocks as they are
+            break
     Console().print(table)
 
 
