@@ -7,6 +7,8 @@ constexpr int HEADS_AT_ONCE = 16;
 
 inline void spell_plain(RowKind, int width, int, int head, const float* q, uint8_t* to) { memcpy(to + head * query_bytes(width), q, size_t(width) * sizeof(float)); }
 
+inline void settle_plain(const AttendState&) {}
+
 inline void attend_plain(const AttendRows& rows, const AttendState& state) {
     float row[WIDEST_HEAD], scores[HEADS_AT_ONCE][ATTEND_ROWS];
     const int key_width = state.key_width, value_width = state.value_width;

@@ -1,4 +1,4 @@
-// Attention to rows of any kind for AVX512: scores, softmax and sum for up to eight heads of a group together.
+// Attention to rows of any kind for AVX512: scores and sums for up to eight heads of a group together.
 #pragma once
 
 inline __m512 exponential(__m512 x) {  // within 2 ulp for x <= 0; zero below -87
@@ -15,55 +15,92 @@ inline __m512 hyperbolic_tangent(__m512 x) {  // of any x: (1 - e) / (1 + e), e 
     return _mm512_or_ps(size, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
 }
 
-// From raw scores to weights, in place, zeros behind `count`, with the running maximum, sum and output of one head brought along.
-inline void weigh(float* scores, int count, const AttendState& state, int head) {
-    __m512 s[2];
-    __m512 largest = _mm512_set1_ps(-INFINITY);
-    for (int i = 0; i < 2; i++) {
-        s[i] = _mm512_mul_ps(_mm512_load_ps(scores + 16 * i), _mm512_set1_ps(state.scale));
-        if (state.softcap > 0)
-            s[i] = _mm512_mul_ps(hyperbolic_tangent(_mm512_mul_ps(s[i], _mm512_set1_ps(1.0f / state.softcap))), _mm512_set1_ps(state.softcap));
-        const __mmask16 real = __mmask16(first_words(count) >> (16 * i));
-        s[i] = _mm512_mask_blend_ps(real, _mm512_set1_ps(-INFINITY), s[i]);
-        largest = _mm512_max_ps(largest, s[i]);
-    }
-    const float top = _mm512_reduce_max_ps(largest);
-    if (top > state.maximum[head]) {
-        const float shrink = expf(state.maximum[head] - top);
-        state.maximum[head] = top;
-        state.weight[head] *= shrink;
-        float* out = state.out + int64_t(head) * state.value_width;
-        for (int i = 0; i < state.value_width; i++) out[i] *= shrink;
-    }
-    for (int i = 0; i < 2; i++) {
-        const __mmask16 real = __mmask16(first_words(count) >> (16 * i));
-        s[i] = _mm512_maskz_mov_ps(real, exponential(_mm512_sub_ps(s[i], _mm512_set1_ps(state.maximum[head]))));
-    }
-    state.weight[head] += _mm512_reduce_add_ps(_mm512_add_ps(s[0], s[1]));
-    for (int i = 0; i < 2; i++) _mm512_store_ps(scores + 16 * i, s[i]);
-}
+constexpr int HEADS_WEIGHED = 32;  // between scores and sums
 
-inline void attend_avx512(const AttendRows& rows, const AttendState& state) {
-    if (state.keys == RowKind::FP32 || is_block(state.keys)) return attend_plain(rows, state);
-    alignas(64) float scores[HEADS_TOGETHER * ATTEND_ROWS];
-    const int group = state.group, key_width = state.key_width, value_width = state.value_width;
-    const bool bf16_keys = state.keys == RowKind::BF16, bf16_values = state.values == RowKind::BF16;
-    const int slices = (group + HEADS_TOGETHER - 1) / HEADS_TOGETHER;
-    const int score_asks = bf16_keys ? bf16_asks(key_width, group) : slices * codes_asks(state.keys, key_width);
-    const int sum_asks = bf16_values ? bf16_asks(value_width, group) : slices * codes_asks(state.values, value_width);
-    Ahead ahead(rows, state.kv_heads * (score_asks + sum_asks));
-    for (int kv_head = 0; kv_head < state.kv_heads; kv_head++) {
-        const int64_t k_offset = kv_head * head_bytes(state.keys, key_width), v_offset = kv_head * head_bytes(state.values, value_width);
-        for (int begin = 0; begin < group; begin += HEADS_TOGETHER) {
-            const int head = kv_head * group + begin, heads = group - begin < HEADS_TOGETHER ? group - begin : HEADS_TOGETHER;
-            const uint8_t* q = state.q + head * state.query_bytes;
-            float* out = state.out + int64_t(head) * value_width;
-            if (bf16_keys) score_bf16(heads, q, state.query_bytes, key_width, rows.k, k_offset, ahead, scores);
-            else score_codes(state.keys, heads)(q, key_width, rows.k, k_offset, rows.count, ahead, scores);
-            for (int h = 0; h < heads; h++) weigh(scores + h * ATTEND_ROWS, rows.count, state, head + h);
-            if (bf16_values) sum_bf16(heads, scores, value_width, rows.v, v_offset, rows.count, ahead, out);
-            else sum_codes(state.values, heads)(scores, value_width, rows.v, v_offset, rows.count, ahead, out);
+// From raw scores to weights, in place, zeros behind `count`, with the running maxima, sums and outputs of `heads` <= 16 heads from `head` on brought
+// along.
+inline void weigh(float* scores, int heads, int count, const AttendState& state, int head) {
+    const __mmask32 real = first_words(count);
+    const __mmask16 present = __mmask16((1 << heads) - 1);
+    const __m512 nothing = _mm512_set1_ps(-INFINITY);
+    __m512 of_heads[16];
+    for (auto& each_head : of_heads) each_head = nothing;
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < 2; i++) {
+            float* at = scores + h * ATTEND_ROWS + 16 * i;
+            __m512 s = _mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(state.scale));
+            if (state.softcap > 0)
+                s = _mm512_mul_ps(hyperbolic_tangent(_mm512_mul_ps(s, _mm512_set1_ps(1.0f / state.softcap))), _mm512_set1_ps(state.softcap));
+            s = _mm512_mask_mov_ps(nothing, __mmask16(real >> (16 * i)), s);
+            _mm512_store_ps(at, s);
+            of_heads[h] = _mm512_max_ps(of_heads[h], s);
+        }
+    const __m512 tops = largest_of(of_heads), before = _mm512_maskz_loadu_ps(present, state.maximum + head);
+    alignas(64) float maxima[16];
+    _mm512_store_ps(maxima, _mm512_max_ps(tops, before));
+    if (const __mmask16 grown = _mm512_mask_cmp_ps_mask(present, tops, before, _CMP_GT_OQ))
+        for (int h = 0; h < heads; h++) {
+            if (!(grown >> h & 1)) continue;
+            const float shrink = expf(state.maximum[head + h] - maxima[h]);
+            state.maximum[head + h] = maxima[h];
+            state.weight[head + h] *= shrink;
+            float* out = state.out + int64_t(head + h) * state.value_width;
+            for (int i = 0; i < state.value_width; i++) out[i] *= shrink;
+        }
+    for (int h = 0; h < heads; h++) {
+        const __m512 maximum = _mm512_set1_ps(maxima[h]);
+        of_heads[h] = _mm512_setzero_ps();
+        for (int i = 0; i < 2; i++) {
+            float* at = scores + h * ATTEND_ROWS + 16 * i;
+            const __m512 w = _mm512_maskz_mov_ps(__mmask16(real >> (16 * i)), exponential(_mm512_sub_ps(_mm512_load_ps(at), maximum)));
+            _mm512_store_ps(at, w);
+            of_heads[h] = _mm512_add_ps(of_heads[h], w);
         }
     }
+    float* weight = state.weight + head;
+    _mm512_mask_storeu_ps(weight, present, _mm512_add_ps(_mm512_maskz_loadu_ps(present, weight), sums_of(of_heads)));
+}
+
+// Rows that are decoded one by one for all sets.
+inline bool is_decoded_plainly(RowKind kind) { return kind == RowKind::FP32 || is_block(kind); }
+
+// Scores of many heads, then their weights, then their sums: what one head waits for overlaps with the others' work.
+inline void attend_avx512(const AttendRows& rows, const AttendState& state) {
+    if (is_decoded_plainly(state.keys)) return attend_plain(rows, state);
+    alignas(64) float scores[HEADS_WEIGHED * ATTEND_ROWS];
+    const int group = state.group, key_width = state.key_width, value_width = state.value_width;
+    const bool bf16_keys = state.keys == RowKind::BF16, bf16_values = state.values == RowKind::BF16;
+    const int64_t k_bytes = head_bytes(state.keys, key_width), v_bytes = head_bytes(state.values, value_width);
+    const int k_asks = bf16_keys ? bf16_asks(key_width, group) : score_asks(state.keys, key_width, group);
+    const int v_asks = bf16_values ? bf16_asks(value_width, group) : sum_asks(state.values, value_width, group);
+    Ahead ahead(rows, state.kv_heads * (k_asks + v_asks));
+    const int slices = (group + HEADS_TOGETHER - 1) / HEADS_TOGETHER, together = HEADS_WEIGHED / (group < HEADS_TOGETHER ? group : HEADS_TOGETHER);
+    for (int first = 0, all = state.kv_heads * slices; first < all; first += together) {
+        const int last = first + together < all ? first + together : all, first_head = first / slices * group + first % slices * HEADS_TOGETHER;
+        const auto each_slice = [&](auto work) {  // work(heads, number of the first, their KV head, their weights)
+            for (int slice = first; slice < last; slice++) {
+                const int begin = slice % slices * HEADS_TOGETHER, heads = group - begin < HEADS_TOGETHER ? group - begin : HEADS_TOGETHER;
+                const int head = slice / slices * group + begin;
+                work(heads, head, slice / slices, scores + (head - first_head) * ATTEND_ROWS);
+            }
+        };
+        int end = first_head;
+        each_slice([&](int heads, int head, int kv_head, float* to) {
+            const uint8_t* q = state.q + head * state.query_bytes;
+            if (bf16_keys) score_bf16(heads, q, state.query_bytes, key_width, rows.k, kv_head * k_bytes, ahead, to);
+            else score_codes(state.keys, heads)(q, key_width, rows.k, kv_head * k_bytes, ahead, to);
+            end = head + heads;
+        });
+        for (int head = first_head; head < end; head += 16) weigh(scores + (head - first_head) * ATTEND_ROWS, end - head < 16 ? end - head : 16, rows.count, state, head);
+        each_slice([&](int heads, int head, int kv_head, const float* weights) {
+            float* out = state.out + int64_t(head) * value_width;
+            if (bf16_values) sum_bf16(heads, weights, value_width, rows.v, kv_head * v_bytes, rows.count, ahead, out);
+            else sum_codes(state.values, heads)(weights, value_width, rows.v, kv_head * v_bytes, rows.count, ahead, out);
+        });
+    }
     ahead.finish();
+}
+
+inline void settle_avx512(const AttendState& state) {
+    if (!is_decoded_plainly(state.keys)) settle_codes(state.values, state.value_width, state.kv_heads * state.group, state.out);
 }

@@ -2,71 +2,98 @@
 // are rows, and read once for all the heads of a slice.
 #pragma once
 
-#define INLINE __attribute__((always_inline))  // of a lambda: what it captures stays in registers
-
 inline __m512i broadcast(const void* four) {
     int32_t value;
     memcpy(&value, four, 4);
     return _mm512_set1_epi32(value);
 }
 
-// scores[h * ATTEND_ROWS + t] = q[h] . k[t]
-template <RowKind Kind, int Heads>
-void score_rows(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& asked, float* scores) {
+// Two tiles of 16 rows each, so that what a query brings is loaded once for 32.
+template <bool Whole, RowKind Kind>
+[[gnu::always_inline]] inline void row_tiles(const Codes<Kind>& codes, const uint8_t* const* rows, int64_t offset, __mmask16 mask, __m512i (*tiles)[4]) {
+    each<2>([&](auto i) INLINE { row_tile<Whole>(codes, rows + 16 * i, offset, mask, tiles[i]); });
+}
+
+// Sums of `Heads` heads with so many passes each, for 32 rows, are two registers a head and pass: how many slices of heads do they take?
+constexpr int score_slices(RowKind kind, int heads) { return bits_of(kind) == 8 && kind != RowKind::FP8 && heads > 4 ? 2 : 1; }
+
+// scores[h * ATTEND_ROWS + t] = q[h] . k[t] for Heads heads from head `first` on, of `all`
+template <RowKind Kind, int Heads, int All>
+void score_slice(const uint8_t* q, int first, int width, const uint8_t* const* k, int64_t offset, Ahead& asked, float* scores) {
     using Form = Codes<Kind>;
     using Spelled = SpelledQuery<Kind>;
     constexpr int passes = Spelled::passes, planes = Spelled::planes;
     const Form codes = Form::without_signs();
-    const Spelled query(q, width, Heads);
+    const Spelled query(q, width, All);
     Ahead ahead = asked;
     alignas(64) float scales[ATTEND_ROWS];
     row_scales(k, offset + code_bytes(Kind, width), scales);
-    constexpr int chains = Heads * passes <= 4 ? 4 : Heads * passes <= 8 ? 2 : 1;  // sums side by side where one would wait for itself
-    for (int t = 0; t < count; t += 16) {
-        __m512i sums[passes][Heads][chains] = {};
-        each<Heads>([&](auto h) INLINE { each<passes>([&](auto pass) INLINE { sums[pass][h][0] = _mm512_set1_epi32(query.minus[h * passes + pass]); }); });
-        Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
-            __m512i tile[4];
-            row_tile<whole>(codes, k + t, offset + int64_t(chunk) * Form::step, mask, tile);
-            ahead.ask(4);
-            const int8_t* at = query.codes + int64_t(chunk) * Form::numbers * planes * Heads;
-            if constexpr (Kind == RowKind::INT9) {
-                __m512i ninths[4];
-                const int64_t from = offset + width + 2 * chunk;
-                each<4>([&](auto r) INLINE { ninths[r] = four_ninths(k[t + r] + from, k[t + 4 + r] + from, k[t + 8 + r] + from, k[t + 12 + r] + from); });
-                turn(ninths);
-                each<4>([&](auto j) INLINE {
-                    each<Heads>([&](auto h) INLINE { add_products(sums[0][h][j % chains], ninths[j], at + ((j * planes + 2) * Heads + h) * 4); });
-                });
-            }
-            each<Form::fields>([&](auto field) INLINE {
-                each<4>([&](auto j) INLINE {
-                    const __m512i four = codes.template bytes<field>(tile[j]);
-                    each<Heads>([&](auto h) INLINE {
-                        each<passes>([&](auto pass) INLINE {
-                            add_products(sums[pass][h][j % chains], four, at + (((field * 4 + j) * planes + pass) * Heads + h) * 4);
-                        });
-                    });
+    constexpr int chains = Heads * passes <= 2 ? 4 : Heads * passes <= 4 ? 2 : 1;  // sums side by side where one would wait for itself
+    __m512i sums[passes][Heads][chains][2] = {};
+    each<Heads>([&](auto h) INLINE {
+        each<passes>([&](auto pass) INLINE {
+            each<2>([&](auto i) INLINE { sums[pass][h][0][i] = _mm512_set1_epi32(query.minus[(first + h) * passes + pass]); });
+        });
+    });
+    Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
+        __m512i tiles[2][4];
+        row_tiles<whole>(codes, k, offset + int64_t(chunk) * Form::step, mask, tiles);
+        ahead.ask(8);
+        const int8_t* at = query.codes + (int64_t(chunk) * Form::numbers * planes * All + first * 4);
+        const auto add = [&](auto& to, const int8_t* four, __m512i one, __m512i two) INLINE {
+            const __m512i by = broadcast(four);
+            add_products(to[0], one, by);
+            add_products(to[1], two, by);
+        };
+        if constexpr (Kind == RowKind::INT9) {
+            __m512i ninths[2][4];
+            const int64_t from = offset + width + 2 * chunk;
+            each<2>([&](auto i) INLINE {
+                const uint8_t* const* rows = k + 16 * i;
+                each<4>([&](auto r) INLINE { ninths[i][r] = four_ninths(rows[r] + from, rows[4 + r] + from, rows[8 + r] + from, rows[12 + r] + from); });
+                turn(ninths[i]);
+            });
+            each<4>([&](auto j) INLINE {
+                each<Heads>([&](auto h) INLINE { add(sums[0][h][j % chains], at + ((j * planes + 2) * All + h) * 4, ninths[0][j], ninths[1][j]); });
+            });
+        }
+        each<Form::fields>([&](auto field) INLINE {
+            each<4>([&](auto j) INLINE {
+                const __m512i one = codes.template bytes<field>(tiles[0][j]), two = codes.template bytes<field>(tiles[1][j]);
+                each<Heads>([&](auto h) INLINE {
+                    each<passes>([&](auto pass) INLINE { add(sums[pass][h][j % chains], at + (((field * 4 + j) * planes + pass) * All + h) * 4, one, two); });
                 });
             });
         });
-        const __m512 scale = _mm512_load_ps(scales + t);
+    });
+    each<2>([&](auto i) INLINE {
+        const __m512 scale = _mm512_load_ps(scales + 16 * i);
         each<Heads>([&](auto h) INLINE {
             each<passes>([&](auto pass) INLINE {
-                each<chains - 1>([&](auto chain) INLINE { sums[pass][h][0] = _mm512_add_epi32(sums[pass][h][0], sums[pass][h][chain + 1]); });
+                each<chains - 1>([&](auto chain) INLINE { sums[pass][h][0][i] = _mm512_add_epi32(sums[pass][h][0][i], sums[pass][h][chain + 1][i]); });
             });
-            __m512 sum = _mm512_cvtepi32_ps(sums[0][h][0]);
-            if constexpr (passes == 2) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[1][h][0]));
-            const float unit = query.scale[h];
-            _mm512_store_ps(scores + h * ATTEND_ROWS + t, _mm512_mul_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(unit))));
+            __m512 sum = _mm512_cvtepi32_ps(sums[0][h][0][i]);
+            if constexpr (passes == 2) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[1][h][0][i]));
+            const float unit = query.scale[first + h];
+            _mm512_store_ps(scores + (first + h) * ATTEND_ROWS + 16 * i, _mm512_mul_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(unit))));
         });
-    }
+    });
     asked = ahead;
+}
+
+template <RowKind Kind, int Heads>
+void score_rows(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, Ahead& ahead, float* scores) {
+    if constexpr (score_slices(Kind, Heads) == 2) {
+        score_slice<Kind, Heads / 2, Heads>(q, 0, width, k, offset, ahead, scores);
+        score_slice<Kind, Heads - Heads / 2, Heads>(q, Heads / 2, width, k, offset, ahead, scores);
+    } else {
+        score_slice<Kind, Heads, Heads>(q, 0, width, k, offset, ahead, scores);
+    }
 }
 
 // The same for INT4: sums of a group meet its scale, and its minimum the sum of the query.
 template <int Heads>
-void score_groups(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& asked, float* scores) {
+void score_groups(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, Ahead& asked, float* scores) {
     using Form = Codes<RowKind::INT4>;
     using Spelled = SpelledQuery<RowKind::INT4>;
     static_assert(Form::numbers == INT4_GROUP);
@@ -76,36 +103,49 @@ void score_groups(const uint8_t* q, int width, const uint8_t* const* k, int64_t 
     const int groups = groups_of(width);
     alignas(64) float scalars[2 * (WIDEST_HEAD / INT4_GROUP) * ATTEND_ROWS];
     group_scalars(k, offset + code_bytes(RowKind::INT4, width), 2 * groups, scalars);
-    for (int t = 0; t < count; t += 16) {
-        __m512 scores_of[Heads];
-        each<Heads>([&](auto h) INLINE { scores_of[h] = _mm512_setzero_ps(); });
-        Form::pieces(width, [&](int g, auto whole, __mmask16 mask) INLINE {
-            __m512i tile[4], sums[Heads];
-            row_tile<whole>(codes, k + t, offset + 16 * g, mask, tile);
-            ahead.ask(4);
-            each<Heads>([&](auto h) INLINE { sums[h] = _mm512_setzero_si512(); });
-            const int8_t* at = query.codes + int64_t(32) * Heads * g;
-            each<4>([&](auto j) INLINE {
-                const __m512i even = codes.bytes<0>(tile[j]), odd = codes.bytes<1>(tile[j]);
+    __m512 of_minima[Heads][2];
+    each<Heads>([&](auto h) INLINE { of_minima[h][0] = of_minima[h][1] = _mm512_setzero_ps(); });
+    for (int g = 0; g < groups; g++) {
+        const float* minima = scalars + (groups + g) * ATTEND_ROWS;
+        const __m512 one = _mm512_load_ps(minima), two = _mm512_load_ps(minima + 16);
+        each<Heads>([&](auto h) INLINE {
+            const __m512 sum = _mm512_set1_ps(query.sum[h * groups + g]);
+            of_minima[h][0] = _mm512_fmadd_ps(one, sum, of_minima[h][0]);
+            of_minima[h][1] = _mm512_fmadd_ps(two, sum, of_minima[h][1]);
+        });
+    }
+    each<Heads>([&](auto h) INLINE { each<2>([&](auto i) INLINE { _mm512_store_ps(scores + h * ATTEND_ROWS + 16 * i, of_minima[h][i]); }); });
+    Form::pieces(width, [&](int g, auto whole, __mmask16 mask) INLINE {
+        __m512i tiles[2][4], sums[Heads][2];
+        row_tiles<whole>(codes, k, offset + 16 * g, mask, tiles);
+        ahead.ask(8);
+        each<Heads>([&](auto h) INLINE { sums[h][0] = sums[h][1] = _mm512_setzero_si512(); });
+        const int8_t* at = query.codes + int64_t(32) * Heads * g;
+        each<4>([&](auto j) INLINE {
+            each<2>([&](auto field) INLINE {
+                const __m512i one = codes.bytes<field>(tiles[0][j]), two = codes.bytes<field>(tiles[1][j]);
                 each<Heads>([&](auto h) INLINE {
-                    add_products(sums[h], even, at + (j * Heads + h) * 4);
-                    add_products(sums[h], odd, at + ((4 + j) * Heads + h) * 4);
+                    const __m512i by = broadcast(at + ((field * 4 + j) * Heads + h) * 4);
+                    add_products(sums[h][0], one, by);
+                    add_products(sums[h][1], two, by);
                 });
             });
-            const __m512 scale = _mm512_load_ps(scalars + g * ATTEND_ROWS + t), minimum = _mm512_load_ps(scalars + (groups + g) * ATTEND_ROWS + t);
+        });
+        each<2>([&](auto i) INLINE {
+            const __m512 scale = _mm512_load_ps(scalars + g * ATTEND_ROWS + 16 * i);
             each<Heads>([&](auto h) INLINE {
-                scores_of[h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[h]), _mm512_mul_ps(scale, _mm512_set1_ps(query.scale[h * groups + g])), scores_of[h]);
-                scores_of[h] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(query.sum[h * groups + g]), scores_of[h]);
+                float* to = scores + h * ATTEND_ROWS + 16 * i;
+                const __m512 unit = _mm512_mul_ps(scale, _mm512_set1_ps(query.scale[h * groups + g]));
+                _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[h][i]), unit, _mm512_load_ps(to)));
             });
         });
-        each<Heads>([&](auto h) INLINE { _mm512_store_ps(scores + h * ATTEND_ROWS + t, scores_of[h]); });
-    }
+    });
     asked = ahead;
 }
 
 // The same for FP8, in pairs of bfloat16.
 template <int Heads>
-void score_eighths(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& asked, float* scores) {
+void score_eighths(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, Ahead& asked, float* scores) {
     using Form = Codes<RowKind::FP8>;
     const Form codes = Form::without_signs();
     Ahead ahead = asked;
@@ -113,7 +153,7 @@ void score_eighths(const uint8_t* q, int width, const uint8_t* const* k, int64_t
     const EighthFloats floats = tables;
     alignas(64) float scales[ATTEND_ROWS];
     row_scales(k, offset + width, scales);
-    for (int t = 0; t < count; t += 16) {
+    for (int t = 0; t < ATTEND_ROWS; t += 16) {
         __m512 sums[2][Heads];
         each<Heads>([&](auto h) INLINE { sums[0][h] = sums[1][h] = _mm512_setzero_ps(); });
         Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
@@ -136,7 +176,7 @@ void score_eighths(const uint8_t* q, int width, const uint8_t* const* k, int64_t
     asked = ahead;
 }
 
-using ScoreRows = void (*)(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, int count, Ahead& ahead, float* scores);
+using ScoreRows = void (*)(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, Ahead& ahead, float* scores);  // of ATTEND_ROWS rows
 
 // The functions for 1 ... HEADS_TOGETHER heads.
 template <RowKind Kind, int... Before>
@@ -167,8 +207,13 @@ inline ScoreRows score_codes(RowKind kind, int heads) {
     }
 }
 
-// How often `score_codes` and `sum_codes` each ask for rows ahead, for a slice of heads.
+// How often `score_codes` and `sum_codes` ask for rows ahead, for a group of heads.
 inline int codes_asks(RowKind kind, int width) {
     const int numbers = 16 * (kind == RowKind::LEVELS3 ? 1 : 8 / bits_of(kind));  // of a piece
     return (width + numbers - 1) / numbers * (ATTEND_ROWS / 4);
+}
+inline int score_asks(RowKind kind, int width, int group) {
+    int slices = 0;
+    for (int begin = 0; begin < group; begin += HEADS_TOGETHER) slices += score_slices(kind, group - begin < HEADS_TOGETHER ? group - begin : HEADS_TOGETHER);
+    return slices * codes_asks(kind, width);
 }

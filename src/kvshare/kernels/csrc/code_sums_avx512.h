@@ -21,74 +21,122 @@ inline void side_by_side(__m512* x) {
     }
 }
 
+// out += unit * sums + base for the columns of a piece. Whole pieces keep their fields apart until `settle_codes` puts them side by side.
 template <int Fields, bool Whole>
-[[gnu::always_inline]] inline void add_columns(const __m512* sums, int left, float* out) {  // `left`: columns up to the head's end
-    each<Fields>([&](auto f) INLINE {
-        float* at = out + 16 * f;
-        if constexpr (Whole) {
-            _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), sums[f]));
-        } else {
+[[gnu::always_inline]] inline void add_columns(const __m512i* sums, __m512 unit, __m512 base, int left, float* out) {  // `left`: columns up to the head's end
+    if constexpr (Whole) {
+        each<Fields>([&](auto f) INLINE {
+            float* at = out + 16 * f;
+            _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[f]), unit, _mm512_add_ps(base, _mm512_loadu_ps(at))));
+        });
+    } else {
+        __m512 numbers[Fields];
+        each<Fields>([&](auto f) INLINE { numbers[f] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[f]), unit, base); });
+        side_by_side<Fields>(numbers);
+        each<Fields>([&](auto f) INLINE {
             const int here = left - 16 * f;
             const __mmask16 mask = here >= 16 ? 0xffff : here > 0 ? __mmask16((1 << here) - 1) : 0;
-            _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), sums[f]));
-        }
-    });
+            _mm512_mask_storeu_ps(out + 16 * f, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out + 16 * f), numbers[f]));
+        });
+    }
 }
 
-// The weights of a block of rows as integers of 8 or 16 bits, in bytes: the largest is 255 or 65,535.
-template <int Passes>
-struct Weights {
-    alignas(32) uint8_t bytes[Passes][ATTEND_ROWS];  // the upper bytes, then the lower ones
-    alignas(32) uint8_t half[ATTEND_ROWS];           // half of the upper ones of 16 bits, which the ninth bits of INT9 meet
-    float unit;
-
-    void set(__m512 first, __m512 second) {
-        constexpr float largest = Passes == 2 ? 65535.0f : 255.0f;
-        const float top = _mm512_reduce_max_ps(_mm512_max_ps(first, second));
-        unit = top / largest;
-        const __m512 inverse = _mm512_set1_ps(top > 1e-30f ? largest / top : 0.0f);
-        const __m512 both[2] = {first, second};
-        for (int i = 0; i < 2; i++) {
-            const __m512i w = _mm512_cvtps_epi32(_mm512_mul_ps(both[i], inverse));
-            if constexpr (Passes == 2) {
-                _mm_store_si128(reinterpret_cast<__m128i*>(bytes[0] + 16 * i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(w, 8)));
-                _mm_store_si128(reinterpret_cast<__m128i*>(half + 16 * i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(256)), 9)));
-            }
-            _mm_store_si128(reinterpret_cast<__m128i*>(bytes[Passes - 1] + 16 * i), _mm512_cvtepi32_epi8(w));
+// What is added to weights in units before they are cut off: a different fraction for each of the rows that share a unit. So what is lost of weights
+// far below a unit is gained by others like them, where rounding each to the nearest would lose all of it.
+struct Dither {
+    alignas(64) float fractions[ATTEND_ROWS];
+    alignas(64) uint16_t bytes[ATTEND_ROWS];  // in 256ths
+    Dither() {
+        for (int t = 0; t < ATTEND_ROWS; t++) {  // the bits of a row's number in reverse: neighbours lie far apart
+            const int reversed = (t & 1) << 4 | (t & 2) << 2 | (t & 4) | (t & 8) >> 2 | (t & 16) >> 4;
+            fractions[t] = (float(reversed) + 0.5f) / float(ATTEND_ROWS);
+            bytes[t] = uint16_t(256.0f * fractions[t]);
         }
     }
 };
+static_assert(ATTEND_ROWS == 32);
+
+inline const Dither& dither() {
+    static const Dither fractions;
+    return fractions;
+}
+
+// The weights of a block of rows as integers in bytes. Of 8 bits, the largest is 255; of 16, as upper bytes and then lower ones, 65,535.
+template <int Passes>
+struct Weights {
+    alignas(32) uint8_t bytes[Passes][ATTEND_ROWS];
+    alignas(32) uint8_t half[Passes == 2 ? ATTEND_ROWS : 32];  // half of the upper ones of 16 bits, which the ninth bits of INT9 meet
+    float unit;
+
+    // Values are `larger` times what their codes say.
+    void set(__m512 first, __m512 second, float top, float larger) {
+        constexpr float largest = Passes == 2 ? 65535.0f : 255.0f;
+        unit = top * (larger / largest);
+        const __m512 inverse = _mm512_set1_ps(top > 1e-30f ? largest / top : 0.0f);
+        const __m512 both[2] = {first, second};
+        for (int i = 0; i < 2; i++) {
+            if constexpr (Passes == 2) {
+                const __m512i w = _mm512_cvtps_epi32(_mm512_mul_ps(both[i], inverse));
+                _mm_store_si128(reinterpret_cast<__m128i*>(bytes[0] + 16 * i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(w, 8)));
+                _mm_store_si128(reinterpret_cast<__m128i*>(bytes[1] + 16 * i), _mm512_cvtepi32_epi8(w));
+                _mm_store_si128(reinterpret_cast<__m128i*>(half + 16 * i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(_mm512_add_epi32(w, _mm512_set1_epi32(256)), 9)));
+            } else {
+                const __m512i w = _mm512_cvttps_epi32(_mm512_fmadd_ps(both[i], inverse, _mm512_load_ps(dither().fractions + 16 * i)));
+                _mm_store_si128(reinterpret_cast<__m128i*>(bytes[0] + 16 * i), _mm512_cvtepi32_epi8(w));
+            }
+        }
+    }
+};
+
+// How many slices of heads the sums of a piece take in registers.
+constexpr int sum_slices(RowKind kind, int heads) {
+    const int fields = kind == RowKind::LEVELS2 ? 4 : kind == RowKind::LEVELS4 ? 2 : 1, sums = heads * fields * (kind == RowKind::INT9 ? 2 : 1);
+    return sums <= 16 ? 1 : 2;
+}
+
+inline int sum_asks(RowKind kind, int width, int group) {
+    int slices = 0;
+    for (int begin = 0; begin < group; begin += HEADS_TOGETHER) slices += sum_slices(kind, group - begin < HEADS_TOGETHER ? group - begin : HEADS_TOGETHER);
+    return slices * codes_asks(kind, width);
+}
 
 // out[h] += sum over t of p[h][t] * v[t]
 template <RowKind Kind, int Heads>
 void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& asked, float* out) {
     using Form = Codes<Kind>;
-    constexpr int passes = bits_of(Kind) == 8 ? 2 : 1, fields = Form::fields;
-    if constexpr (Heads * passes * fields > 16) {  // registers for the sums
+    constexpr int passes = Kind == RowKind::INT9 ? 2 : 1, fields = Form::fields;
+    if constexpr (sum_slices(Kind, Heads) == 2) {
         sum_rows<Kind, Heads / 2>(p, width, v, offset, count, asked, out);
         sum_rows<Kind, Heads - Heads / 2>(p + Heads / 2 * ATTEND_ROWS, width, v, offset, count, asked, out + int64_t(Heads / 2) * width);
         return;
     } else {
         const Form codes = Form::with_signs();
         Ahead ahead = asked;
-        const __m512i order = column_order();
+        const ColumnOrder order = column_order();
         alignas(64) float scales[ATTEND_ROWS];
         row_scales(v, offset + code_bytes(Kind, width), scales);
         Weights<passes> weights[Heads];
         const __m512 scale[2] = {_mm512_load_ps(scales), _mm512_load_ps(scales + 16)};
-        for (int h = 0; h < Heads; h++)
-            weights[h].set(_mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS), scale[0]), _mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16), scale[1]));
+        __m512 scaled[8][2], larger[16] = {};
+        each<Heads>([&](auto h) INLINE {
+            each<2>([&](auto i) INLINE { scaled[h][i] = _mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16 * i), scale[i]); });
+            larger[h] = _mm512_max_ps(scaled[h][0], scaled[h][1]);
+        });
+        constexpr float larger_than_codes = Kind == RowKind::INT9 ? 2.0f : 1.0f / Form::levels_unit;
+        alignas(64) float tops[16];
+        _mm512_store_ps(tops, largest_of(larger));
+        each<Heads>([&](auto h) INLINE { weights[h].set(scaled[h][0], scaled[h][1], tops[h], larger_than_codes); });
         // `Pieces` from number `chunk` on, so that a weight is loaded once for all of them and sums do not wait for themselves.
         const auto add = [&]<int Pieces, bool Whole>(int chunk, __mmask16 mask) INLINE {
             __m512i sums[Pieces][passes][Heads][fields] = {};
             for (int t = 0; t < count; t += 4) {
-                __m512i four[Pieces][fields];
+                __m512i tiles[Pieces], four[Pieces][fields];
+                column_tiles<Whole, Pieces>(codes, order, v + t, offset + int64_t(chunk) * Form::step, mask, tiles);
                 each<Pieces>([&](auto piece) INLINE {
-                    const __m512i tile = column_tile<Whole>(codes, order, v + t, offset + int64_t(chunk + piece) * Form::step, mask);
-                    each<fields>([&](auto f) INLINE { four[piece][f] = codes.template bytes<f>(tile); });
+                    each<fields>([&](auto f) INLINE { four[piece][f] = codes.template bytes<f>(tiles[piece]); });
                     if constexpr (Kind == RowKind::INT9) {
                         const int64_t from = offset + width + 2 * (chunk + piece);
-                        const __m512i ninths = _mm512_permutexvar_epi8(order, four_ninths(v[t] + from, v[t + 1] + from, v[t + 2] + from, v[t + 3] + from));
+                        const __m512i ninths = _mm512_permutexvar_epi8(order.of_one, four_ninths(v[t] + from, v[t + 1] + from, v[t + 2] + from, v[t + 3] + from));
                         each<Heads>([&](auto h) INLINE { add_products(sums[piece][0][h][0], broadcast(weights[h].half + t), ninths); });
                     }
                 });
@@ -101,98 +149,128 @@ void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset
                 });
             }
             each<Heads>([&](auto h) INLINE {
-                const __m512 unit = _mm512_set1_ps(weights[h].unit / Form::levels_unit * (Kind == RowKind::INT9 ? 2.0f : 1.0f));
+                const __m512 unit = _mm512_set1_ps(weights[h].unit);
                 each<Pieces>([&](auto piece) INLINE {
-                    __m512 numbers[fields];
-                    each<fields>([&](auto f) INLINE {
-                        __m512i sum = sums[piece][0][h][f];
-                        if constexpr (passes == 2) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), sums[piece][1][h][f]);
-                        numbers[f] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit);
-                    });
-                    side_by_side<fields>(numbers);
+                    if constexpr (passes == 2)
+                        sums[piece][0][h][0] = _mm512_add_epi32(_mm512_slli_epi32(sums[piece][0][h][0], 8), sums[piece][1][h][0]);
                     const int column = (chunk + piece) * Form::numbers;
-                    add_columns<fields, Whole>(numbers, width - column, out + int64_t(h) * width + column);
+                    add_columns<fields, Whole>(sums[piece][0][h], unit, _mm512_setzero_ps(), width - column, out + int64_t(h) * width + column);
                 });
             });
         };
-        constexpr int together = Heads * passes * fields <= 4 ? 4 : Heads * passes * fields <= 8 ? 2 : 1;
+        constexpr int together = Form::step < 16 ? 1 : Heads * passes * fields <= 4 ? 4 : Heads * passes * fields <= 8 ? 2 : 1;
         Form::template pieces<together>(width, add);
         asked = ahead;
     }
 }
 
-inline __m512i words_of(const float* numbers, float largest, float top) {  // 32 numbers up to `top`, as 16-bit integers up to `largest`
-    const __m512 inverse = _mm512_set1_ps(top > 1e-30f ? largest / top : 0.0f);
-    const __m256i first = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(numbers), inverse)));
-    const __m256i second = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(numbers + 16), inverse)));
+inline __m512i words_of(const float* numbers, float inverse) {  // 32 numbers as 16-bit integers: times `inverse`
+    const __m512 by = _mm512_set1_ps(inverse);
+    const __m256i first = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(numbers), by)));
+    const __m256i second = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(numbers + 16), by)));
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
-inline float largest_of(const float* numbers) { return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_load_ps(numbers), _mm512_load_ps(numbers + 16))); }
+inline __m512i upper_bytes_order() {  // of the words of two registers
+    static const struct Order {
+        alignas(64) uint8_t from[64];
+        Order() {
+            for (int i = 0; i < 64; i++) from[i] = uint8_t(2 * i + 1);
+        }
+    } order;
+    return _mm512_load_si512(order.from);
+}
+
+// Words up to `largest`: by what to multiply numbers up to each of `tops`, or by 0 where they vanish.
+inline __m512 inverses_of(__m512 tops, float largest) {
+    return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(tops, _mm512_set1_ps(1e-30f), _CMP_GT_OQ), _mm512_set1_ps(largest), tops);
+}
+
+// rest[h][g] = sum over t of p[h][t] * minimum g of row t, of up to 16 groups from `offset` on; both become bfloat16.
+template <int Heads>
+inline void sum_minima(const uint32_t (*pairs)[ATTEND_ROWS / 2], const uint8_t* const* v, int64_t offset, int groups, int count, __m512* rest) {
+    const __mmask16 mask = groups >= 16 ? 0xffff : __mmask16((1 << groups) - 1);
+    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const auto minima = [&](int t) INLINE { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, v[t] + offset)); };
+    __m512 sums[Heads];
+    each<Heads>([&](auto h) INLINE { sums[h] = _mm512_setzero_ps(); });
+    for (int t = 0; t < count; t += 2) {
+        const __m512bh both = (__m512bh)_mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh(minima(t + 1), minima(t)));
+        each<Heads>([&](auto h) INLINE { add_pairs(sums[h], both, pairs[h] + t / 2); });
+    }
+    each<Heads>([&](auto h) INLINE { rest[h] = sums[h]; });
+}
 
 // The same for INT4: the weight of a row is another one for each group, the product of two integers of 16 bits of which 8 are kept. What minima add is
 // the same for all columns of a group.
 template <int Heads>
 void sum_groups(const float* p, int width, const uint8_t* const* v, int64_t offset, int count, Ahead& asked, float* out) {
     using Form = Codes<RowKind::INT4>;
-    constexpr int most_groups = WIDEST_HEAD / INT4_GROUP;
+    constexpr int most_groups = WIDEST_HEAD / INT4_GROUP, even_heads = (Heads + 1) / 2 * 2;
     const Form codes = Form::with_signs();
     Ahead ahead = asked;
-    const __m512i order = column_order();
+    const ColumnOrder order = column_order();
     const int groups = groups_of(width);
-    alignas(64) float scalars[2 * most_groups * ATTEND_ROWS];
-    group_scalars(v, offset + code_bytes(RowKind::INT4, width), 2 * groups, scalars);
-    constexpr float most = 65535.0f, of_scales = 255.0f * 256.0f;  // the upper byte of a product, rounded, is at most 255
-    __m512i words[Heads];
-    float tops[Heads];
-    for (int h = 0; h < Heads; h++) {
-        tops[h] = largest_of(p + h * ATTEND_ROWS);
-        words[h] = words_of(p + h * ATTEND_ROWS, most, tops[h]);
-    }
-    alignas(32) uint8_t weights[most_groups][Heads][ATTEND_ROWS];
-    alignas(64) float rest[most_groups][8], units[most_groups];
-    for (int g = 0; g < groups; g++) {
-        const float *scales = scalars + g * ATTEND_ROWS, top = largest_of(scales);
-        const __m512i of_group = words_of(scales, of_scales, top);
-        units[g] = top * (65536.0f * 256.0f / (most * of_scales));
+    const int64_t scalars_at = offset + code_bytes(RowKind::INT4, width);
+    alignas(64) float scales[most_groups * ATTEND_ROWS];
+    group_scalars(v, scalars_at, groups, scales);
+    constexpr float most = 65535.0f, of_scales = 255.0f * 256.0f;  // the upper byte of a product and a fraction of it is at most 255
+    alignas(64) uint32_t pairs[Heads][ATTEND_ROWS / 2];  // weights as bfloat16
+    alignas(64) float tops[16], inverses[16];
+    __m512 larger[16] = {};
+    each<Heads>([&](auto h) INLINE {
+        const __m512 first = _mm512_load_ps(p + h * ATTEND_ROWS), second = _mm512_load_ps(p + h * ATTEND_ROWS + 16);
+        larger[h] = _mm512_max_ps(first, second);
+        _mm512_store_si512(pairs[h], (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    });
+    const __m512 top_weights = largest_of(larger);
+    _mm512_store_ps(tops, top_weights);
+    _mm512_store_ps(inverses, inverses_of(top_weights, most));
+    __m512i words[even_heads] = {};
+    each<Heads>([&](auto h) INLINE { words[h] = words_of(p + h * ATTEND_ROWS, inverses[h]); });
+    alignas(64) uint8_t weights[most_groups][even_heads][ATTEND_ROWS];
+    alignas(64) float rest[Heads][most_groups], units[Heads][most_groups];
+    const __m512i fractions = _mm512_load_si512(dither().bytes), upper_bytes = upper_bytes_order();
+    for (int begin = 0; begin < groups; begin += 16) {
+        const int here = groups - begin < 16 ? groups - begin : 16;
+        for (int i = 0; i < 16; i++) {
+            const float* at = scales + (begin + (i < here ? i : 0)) * ATTEND_ROWS;
+            larger[i] = _mm512_max_ps(_mm512_load_ps(at), _mm512_load_ps(at + 16));
+        }
+        const __m512 top_scales = largest_of(larger);
+        _mm512_store_ps(inverses, inverses_of(top_scales, of_scales));
+        __m512 minima[Heads];
+        sum_minima<Heads>(pairs, v, scalars_at + 2 * (groups + begin), here, count, minima);
         each<Heads>([&](auto h) INLINE {
-            const __m512i w = _mm512_adds_epu16(_mm512_mulhi_epu16(words[h], of_group), _mm512_set1_epi16(128));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(weights[g][h]), _mm512_cvtepi16_epi8(_mm512_srli_epi16(w, 8)));
+            _mm512_store_ps(units[h] + begin, _mm512_mul_ps(top_scales, _mm512_set1_ps(tops[h] * (65536.0f * 256.0f / (most * of_scales)))));
+            _mm512_store_ps(rest[h] + begin, minima[h]);
         });
-    }
-    for (int g = 0; g < groups; g += 2) {
-        __m512 shares[16] = {};
-        for (int i = 0; i < 2 && g + i < groups; i++) {
-            const float* minima = scalars + (groups + g + i) * ATTEND_ROWS;
-            each<Heads>([&](auto h) INLINE {
-                const __m512 share = _mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS), _mm512_load_ps(minima));
-                shares[8 * i + h] = _mm512_fmadd_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16), _mm512_load_ps(minima + 16), share);
+        for (int i = 0; i < here; i++) {
+            const __m512i of_group = words_of(scales + (begin + i) * ATTEND_ROWS, inverses[i]);
+            each<even_heads / 2>([&](auto j) INLINE {
+                const auto product = [&](int h) INLINE { return _mm512_add_epi16(_mm512_mulhi_epu16(words[h], of_group), fractions); };
+                _mm512_store_si512(weights[begin + i][2 * j], _mm512_permutex2var_epi8(product(2 * j), upper_bytes, product(2 * j + 1)));
             });
         }
-        _mm512_store_ps(rest[g], sums_of(shares));
     }
     const auto add = [&]<int Pieces, bool Whole>(int group, __mmask16 mask) INLINE {
         __m512i sums[Pieces][Heads][2] = {};
         for (int t = 0; t < count; t += 4) {
-            each<Pieces>([&](auto piece) INLINE {
-                const __m512i tile = column_tile<Whole>(codes, order, v + t, offset + 16 * (group + piece), mask);
-                const __m512i even = codes.bytes<0>(tile), odd = codes.bytes<1>(tile);
-                each<Heads>([&](auto h) INLINE {
+            __m512i tiles[Pieces], four[Pieces][2];
+            column_tiles<Whole, Pieces>(codes, order, v + t, offset + 16 * group, mask, tiles);
+            each<Pieces>([&](auto piece) INLINE { each<2>([&](auto f) INLINE { four[piece][f] = codes.bytes<f>(tiles[piece]); }); });
+            ahead.ask(Pieces);
+            each<Heads>([&](auto h) INLINE {
+                each<Pieces>([&](auto piece) INLINE {
                     const __m512i w = broadcast(weights[group + piece][h] + t);
-                    add_products(sums[piece][h][0], w, even);
-                    add_products(sums[piece][h][1], w, odd);
+                    each<2>([&](auto f) INLINE { add_products(sums[piece][h][f], w, four[piece][f]); });
                 });
             });
-            ahead.ask(Pieces);
         }
         each<Pieces>([&](auto piece) INLINE {
             const int g = group + piece;
             each<Heads>([&](auto h) INLINE {
-                const __m512 unit = _mm512_set1_ps(tops[h] * units[g]), base = _mm512_set1_ps(rest[g][h]);
-                __m512 numbers[2];
-                each<2>([&](auto f) INLINE { numbers[f] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[piece][h][f]), unit, base); });
-                side_by_side<2>(numbers);
-                add_columns<2, Whole>(numbers, width - 32 * g, out + int64_t(h) * width + 32 * g);
+                add_columns<2, Whole>(sums[piece][h], _mm512_set1_ps(units[h][g]), _mm512_set1_ps(rest[h][g]), width - 32 * g, out + int64_t(h) * width + 32 * g);
             });
         });
     };
@@ -208,7 +286,7 @@ void sum_eighths(const float* p, int width, const uint8_t* const* v, int64_t off
     Ahead ahead = asked;
     static const EighthFloats tables;
     const EighthFloats floats = tables;
-    const __m512i order = column_order();
+    const ColumnOrder order = column_order();
     alignas(64) float scales[ATTEND_ROWS];
     row_scales(v, offset + width, scales);
     alignas(64) uint16_t weights[Heads][ATTEND_ROWS];  // of four rows first 0 and 2, then 1 and 3
@@ -230,8 +308,9 @@ void sum_eighths(const float* p, int width, const uint8_t* const* v, int64_t off
             });
         }
         each<Heads>([&](auto h) INLINE {
-            const __m512 sum = _mm512_add_ps(sums[0][h], sums[1][h]);
-            add_columns<1, whole>(&sum, width - 16 * chunk, out + int64_t(h) * width + 16 * chunk);
+            float* at = out + int64_t(h) * width + 16 * chunk;
+            const __mmask16 columns = first_words(width - 16 * chunk);
+            _mm512_mask_storeu_ps(at, columns, _mm512_add_ps(_mm512_maskz_loadu_ps(columns, at), _mm512_add_ps(sums[0][h], sums[1][h])));
         });
     });
     asked = ahead;
@@ -264,4 +343,23 @@ inline SumRows sum_codes(RowKind kind, int heads) {
         case RowKind::LEVELS2: return sum_of<RowKind::LEVELS2>(heads, UpToEight());
         default: return sum_of<RowKind::INT8>(heads, UpToEight());
     }
+}
+
+// What whole pieces have left with their fields apart, as columns in order: once when all rows have been added.
+template <int Fields>
+inline void settle_fields(int width, int heads, float* out) {
+    constexpr int numbers = 16 * Fields;
+    for (int h = 0; h < heads; h++)
+        for (int column = 0; column + numbers <= width; column += numbers) {
+            float* at = out + int64_t(h) * width + column;
+            __m512 x[Fields];
+            each<Fields>([&](auto f) INLINE { x[f] = _mm512_loadu_ps(at + 16 * f); });
+            side_by_side<Fields>(x);
+            each<Fields>([&](auto f) INLINE { _mm512_storeu_ps(at + 16 * f, x[f]); });
+        }
+}
+
+inline void settle_codes(RowKind kind, int width, int heads, float* out) {
+    if (kind == RowKind::INT4 || kind == RowKind::LEVELS4) settle_fields<2>(width, heads, out);
+    if (kind == RowKind::LEVELS2) settle_fields<4>(width, heads, out);
 }

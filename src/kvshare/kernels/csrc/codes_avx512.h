@@ -3,10 +3,12 @@
 // of the row). Pieces may begin at any address and never reach behind the head.
 #pragma once
 
+#define INLINE __attribute__((always_inline))  // of a lambda: what it captures stays in registers
+
 // 16 bytes of four rows, or the first of them by a mask: where codes end within a piece, or a piece has fewer.
 template <bool Whole>
 [[gnu::always_inline]] inline __m512i four_pieces(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, __mmask16 mask) {
-    const auto load = [&](const uint8_t* p) __attribute__((always_inline)) {
+    const auto load = [&](const uint8_t* p) INLINE {
         if constexpr (Whole) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         else return _mm_maskz_loadu_epi8(mask, p);
     };
@@ -29,7 +31,7 @@ struct Codes {
     [[gnu::always_inline]] static void pieces(int width, Work&& work) {
         const int whole = step == 16 ? width / numbers / Together * Together : 0;
         for (int chunk = 0; chunk < whole; chunk += Together) work.template operator()<Together, true>(chunk, 0xffff);
-        pieces(width, [&](int chunk, auto is_whole, __mmask16 mask) __attribute__((always_inline)) { work.template operator()<1, is_whole>(chunk, mask); }, whole);
+        pieces(width, [&](int chunk, auto is_whole, __mmask16 mask) INLINE { work.template operator()<1, is_whole>(chunk, mask); }, whole);
     }
 
     // work(chunk, whole, mask) for each piece of a head of `width` numbers; the mask of one that is not whole tells which bytes are there.
@@ -100,10 +102,43 @@ template <bool Whole, RowKind Kind>
     turn(tile);
 }
 
+// Where the bytes of a column tile come from: of 4 rows of 16 bytes; and of rows 0 and 1, then 2 and 3 of 32 bytes, the first and the second 16.
+struct ColumnOrder {
+    __m512i of_one, of_two[2];
+};
+
+inline ColumnOrder column_order() {
+    static const struct Order {
+        alignas(64) uint8_t from[3][64];
+        Order() {
+            for (int i = 0; i < 64; i++) {
+                from[0][i] = uint8_t((i & 3) * 16 + i / 4);
+                from[1][i] = uint8_t((i & 3) * 32 + i / 4);
+                from[2][i] = uint8_t((i & 3) * 32 + i / 4 + 16);
+            }
+        }
+    } order;
+    return {_mm512_load_si512(order.from[0]), {_mm512_load_si512(order.from[1]), _mm512_load_si512(order.from[2])}};
+}
+
 // Lane c: byte c of the pieces of 4 rows.
 template <bool Whole, RowKind Kind>
-[[gnu::always_inline]] inline __m512i column_tile(const Codes<Kind>& codes, __m512i order, const uint8_t* const* rows, int64_t offset, __mmask16 mask) {
-    return _mm512_permutexvar_epi8(order, codes.prepare(four_pieces<Whole>(rows[0] + offset, rows[1] + offset, rows[2] + offset, rows[3] + offset, mask)));
+[[gnu::always_inline]] inline __m512i column_tile(const Codes<Kind>& codes, const ColumnOrder& order, const uint8_t* const* rows, int64_t offset, __mmask16 mask) {
+    return _mm512_permutexvar_epi8(order.of_one, codes.prepare(four_pieces<Whole>(rows[0] + offset, rows[1] + offset, rows[2] + offset, rows[3] + offset, mask)));
+}
+
+// The same of two whole pieces that lie side by side.
+[[gnu::always_inline]] inline void two_column_tiles(const ColumnOrder& order, const uint8_t* const* rows, int64_t offset, __m512i* tiles) {
+    const auto load = [&](int r) INLINE { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + offset)); };
+    const __m512i first = _mm512_inserti64x4(_mm512_castsi256_si512(load(0)), load(1), 1), second = _mm512_inserti64x4(_mm512_castsi256_si512(load(2)), load(3), 1);
+    for (int i = 0; i < 2; i++) tiles[i] = _mm512_permutex2var_epi8(first, order.of_two[i], second);
+}
+
+// The tiles of so many pieces side by side; more than one are whole.
+template <bool Whole, int Pieces, RowKind Kind>
+[[gnu::always_inline]] inline void column_tiles(const Codes<Kind>& codes, const ColumnOrder& order, const uint8_t* const* rows, int64_t offset, __mmask16 mask, __m512i* tiles) {
+    if constexpr (Pieces == 1) tiles[0] = column_tile<Whole>(codes, order, rows, offset, mask);
+    else for (int i = 0; i < Pieces; i += 2) two_column_tiles(order, rows, offset + 16 * i, tiles + i);
 }
 
 // Bytes that are 0 or 1, like pieces of 16 numbers: the ninth bits of INT9, of which there are two bytes at `offset`. What stands behind the last
@@ -116,16 +151,6 @@ template <bool Whole, RowKind Kind>
     memcpy(bits + 3, d, 2);
     const uint64_t all = uint64_t(bits[0]) | uint64_t(bits[1]) << 16 | uint64_t(bits[2]) << 32 | uint64_t(bits[3]) << 48;
     return _mm512_maskz_mov_epi8(__mmask64(all), _mm512_set1_epi8(1));
-}
-
-inline __m512i column_order() {
-    static const struct Order {
-        alignas(64) uint8_t from[64];
-        Order() {
-            for (int i = 0; i < 64; i++) from[i] = uint8_t((i & 3) * 16 + i / 4);
-        }
-    } order;
-    return _mm512_load_si512(order.from);
 }
 
 // e4m3 as bfloat16, exactly, by tables of the upper and the lower byte: words 0 and 2, and 1 and 3, of each lane's four numbers.
@@ -158,7 +183,7 @@ struct EighthFloats {
 inline void row_scales(const uint8_t* const* rows, int64_t offset, float* to) {
     for (int t = 0; t < ATTEND_ROWS; t += 8) {  // loaded into a register word by word: stored ones could not be read back at once as a whole
         __m128i halves = _mm_setzero_si128();
-        each<8>([&](auto i) __attribute__((always_inline)) {
+        each<8>([&](auto i) INLINE {
             uint16_t half;
             memcpy(&half, rows[t + i] + offset, 2);
             halves = _mm_insert_epi16(halves, half, i);

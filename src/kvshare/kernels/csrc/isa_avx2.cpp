@@ -28,7 +28,7 @@ namespace avx2 {
 #include "small_ops.h"
 const ProductKernels products = {round_row, multiply_rows, multiply_bf16, decode_rows, encode_row};
 const RowKernels rows = {decode_heads, encode_head, rebuild_key};
-const AttentionKernels attention = {spell_plain, attend_plain};
+const AttentionKernels attention = {spell_plain, attend_plain, settle_plain};
 }  // namespace avx2
 const Isa isa_avx2 = {"avx2", avx2::products, avx2::rows, avx2::attention, avx2::tile_kernel, avx2::small_ops, avx2::score_rows_by_heads, avx2::read_memory};
 }  // namespace kvshare

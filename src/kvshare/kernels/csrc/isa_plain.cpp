@@ -26,7 +26,7 @@ namespace plain {
 #include "small_ops.h"
 const ProductKernels products = {round_row, multiply_rows, multiply_bf16, decode_rows, encode_row};
 const RowKernels rows = {decode_heads, encode_head, rebuild_key};
-const AttentionKernels attention = {spell_plain, attend_plain};
+const AttentionKernels attention = {spell_plain, attend_plain, settle_plain};
 }  // namespace plain
 const Isa isa_plain = {"plain", plain::products, plain::rows, plain::attention, plain::tile_kernel, plain::small_ops, plain::score_rows_by_heads, plain::read_memory};
 }  // namespace kvshare

@@ -121,6 +121,8 @@ struct AttentionKernels {
     // multiple of 64, holds all of the group and is this head's only in part.
     void (*spell)(RowKind keys, int width, int group, int head, const float* q, uint8_t* to);
     void (*attend)(const AttendRows& rows, const AttendState& state);
+    // After the last rows: `out`, which `attend` may keep in an order of its own, as columns in order.
+    void (*settle)(const AttendState& state);
 };
 
 struct Isa {

@@ -98,6 +98,7 @@ void PagedAttention::attend_rows(const Isa& isa, const Part& part, const Part* f
         rows.runs = first.count + second.count;
         isa.attention.attend(rows, state);
     }
+    isa.attention.settle(state);
 }
 
 void PagedAttention::spell(const Isa& isa, const StreamShape& keys, const void* q, int64_t row, int query_heads, int head, uint8_t* to) const {
