@@ -211,7 +211,7 @@ float with_weight(const Row& row, double doublings, float inverse) {
     return std::isnan(at) ? -INFINITY : std::nextafter(float(at), -INFINITY);
 }
 
-constexpr int RARITY = 10;  // no more than 2^10 tokens are as probable as 2^-10: first one looks whether these suffice
+constexpr int RARITIES[] = {10, 13};  // no more than 2^10 tokens are as probable as 2^-10: first one looks whether these suffice
 
 int64_t share(double part, int64_t of) { return std::clamp(int64_t(std::ceil(part * double(of))), int64_t(1), of); }
 
@@ -232,8 +232,11 @@ int64_t draw(const Isa& isa, Logits logits, const Draw& how) {
         const int64_t all = row.weigh(how.inverse, of_blocks);
         if (how.top_p >= 1) return row.find(place_in(how.place, all), of_blocks, how.inverse);
         const int64_t wanted = share(how.top_p, all);
-        const double doublings = std::min(std::log2(double(all)) - WEIGHT_BITS - RARITY, 0.0);
-        row.collect(with_weight(row, doublings, how.inverse), how.inverse, candidates);
+        for (const int rarity : RARITIES) {
+            const double doublings = std::min(std::log2(double(all)) - WEIGHT_BITS - rarity, 0.0);
+            row.collect(with_weight(row, doublings, how.inverse), how.inverse, candidates);
+            if (sum_of(candidates) >= wanted) break;
+        }
         if (sum_of(candidates) < wanted) return row.find_in_nucleus(how.place, wanted, how.inverse);
         keep(candidates, wanted, weight);
     }
