@@ -65,9 +65,11 @@ template <BlockType T, int Width, int Rows, typename Strip>
 inline __attribute__((always_inline)) void multiply_strip(Strip strip, int64_t blocks, Activations x, LinesAhead& lines, __m512* totals) {
     using Format = Reader<T>;
     constexpr int halves = Format::halves, words = 8 / halves;
-    // Beside the sums of more rows, the weights of two groups would not fit the registers: they are unpacked anew for each, and of that what concerns
-    // the other falls away. Those of the file are transposed, which costs more; so does unpacking four groups four times.
-    constexpr bool anew = Format::unit == 2 && Rows * Width > 4 && std::is_same_v<Strip, InterleavedStrip<T>>;
+    // Beside the sums of more rows, the weights of several groups would not fit the registers: they are unpacked anew for each, and of that what
+    // concerns the others falls away. Those of the file are transposed, which costs more. (Of four groups, gcc 12 keeps too much of the others beside the
+    // sums of five rows of bytes.)
+    constexpr int first = Width == 2 ? 3 : 8 / Format::unit + 1, last = Width == 1 && Format::unit == 4 ? 4 : int(MAX_ROWS);
+    constexpr bool anew = Rows >= first && Rows <= last && std::is_same_v<Strip, InterleavedStrip<T>>;
     each<Rows>([&](auto r) __attribute__((always_inline)) { totals[r] = _mm512_setzero_ps(); });
     x.bytes = Width;
     Format reader;
