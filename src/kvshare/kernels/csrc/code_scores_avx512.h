@@ -28,11 +28,10 @@ void score_slice(const uint8_t* q, int first, int width, const uint8_t* const* k
     Ahead ahead = asked;
     alignas(64) float scales[ATTEND_ROWS];
     row_scales(k, offset + code_bytes(Kind, width), scales);
-    constexpr int chains = Heads * passes <= 2 ? 4 : Heads * passes <= 4 ? 2 : 1;  // sums side by side where one would wait for itself
-    __m512i sums[passes][Heads][chains][2] = {};
+    __m512i sums[passes][Heads][2];
     each<Heads>([&](auto h) INLINE {
         each<passes>([&](auto pass) INLINE {
-            each<2>([&](auto i) INLINE { sums[pass][h][0][i] = _mm512_set1_epi32(query.minus[(first + h) * passes + pass]); });
+            each<2>([&](auto i) INLINE { sums[pass][h][i] = _mm512_set1_epi32(query.minus[(first + h) * passes + pass]); });
         });
     });
     Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
@@ -54,14 +53,14 @@ void score_slice(const uint8_t* q, int first, int width, const uint8_t* const* k
                 turn(ninths[i]);
             });
             each<4>([&](auto j) INLINE {
-                each<Heads>([&](auto h) INLINE { add(sums[0][h][j % chains], at + ((j * planes + 2) * All + h) * 4, ninths[0][j], ninths[1][j]); });
+                each<Heads>([&](auto h) INLINE { add(sums[0][h], at + ((j * planes + 2) * All + h) * 4, ninths[0][j], ninths[1][j]); });
             });
         }
         each<Form::fields>([&](auto field) INLINE {
             each<4>([&](auto j) INLINE {
                 const __m512i one = codes.template bytes<field>(tiles[0][j]), two = codes.template bytes<field>(tiles[1][j]);
                 each<Heads>([&](auto h) INLINE {
-                    each<passes>([&](auto pass) INLINE { add(sums[pass][h][j % chains], at + (((field * 4 + j) * planes + pass) * All + h) * 4, one, two); });
+                    each<passes>([&](auto pass) INLINE { add(sums[pass][h], at + (((field * 4 + j) * planes + pass) * All + h) * 4, one, two); });
                 });
             });
         });
@@ -69,11 +68,8 @@ void score_slice(const uint8_t* q, int first, int width, const uint8_t* const* k
     each<2>([&](auto i) INLINE {
         const __m512 scale = _mm512_load_ps(scales + 16 * i);
         each<Heads>([&](auto h) INLINE {
-            each<passes>([&](auto pass) INLINE {
-                each<chains - 1>([&](auto chain) INLINE { sums[pass][h][0][i] = _mm512_add_epi32(sums[pass][h][0][i], sums[pass][h][chain + 1][i]); });
-            });
-            __m512 sum = _mm512_cvtepi32_ps(sums[0][h][0][i]);
-            if constexpr (passes == 2) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[1][h][0][i]));
+            __m512 sum = _mm512_cvtepi32_ps(sums[0][h][i]);
+            if constexpr (passes == 2) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[1][h][i]));
             const float unit = query.scale[first + h];
             _mm512_store_ps(scores + (first + h) * ATTEND_ROWS + 16 * i, _mm512_mul_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(unit))));
         });
