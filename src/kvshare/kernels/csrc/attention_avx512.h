@@ -73,7 +73,7 @@ inline void attend_avx512(const AttendRows& rows, const AttendState& state) {
     const int64_t k_bytes = head_bytes(state.keys, key_width), v_bytes = head_bytes(state.values, value_width);
     const int k_asks = bf16_keys ? bf16_asks(key_width, group) : score_asks(state.keys, key_width, group);
     const int v_asks = bf16_values ? bf16_asks(value_width, group) : sum_asks(state.values, value_width, group);
-    Ahead ahead(rows, state.kv_heads * (k_asks + v_asks));
+    Ahead ahead(rows, state.kv_heads * (k_asks + v_asks), !bf16_keys || !bf16_values);
     const int slices = (group + HEADS_TOGETHER - 1) / HEADS_TOGETHER, together = HEADS_WEIGHED / (group < HEADS_TOGETHER ? group : HEADS_TOGETHER);
     for (int first = 0, all = state.kv_heads * slices; first < all; first += together) {
         const int last = first + together < all ? first + together : all, first_head = first / slices * group + first % slices * HEADS_TOGETHER;

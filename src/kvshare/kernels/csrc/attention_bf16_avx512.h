@@ -19,7 +19,7 @@ inline void score(const uint8_t* q, int64_t query_bytes, int width, const uint8_
             __m512bh row[Rows];
             for (int j = 0; j < Rows; j++) {
                 row[j] = (__m512bh)_mm512_maskz_loadu_epi16(mask, k[t + j] + offset + 2 * i);
-                if (j % 4 == 3) ahead.ask(4 * Heads);
+                if (j % 4 == 3) ahead.ask<true>(4 * Heads);
             }
             for (int h = 0; h < Heads; h++) {
                 const __m512bh head = (__m512bh)_mm512_maskz_loadu_epi16(mask, q + h * query_bytes + 2 * i);
@@ -57,7 +57,7 @@ inline void sum_up(const uint32_t* p, int width, const uint8_t* const* v, int64_
         }
         for (int t = 0; t < count; t += 2) {
             const __m512i a = _mm512_maskz_loadu_epi16(mask, v[t] + offset + 2 * i), b = _mm512_maskz_loadu_epi16(mask, v[t + 1] + offset + 2 * i);
-            ahead.ask(2 * Heads);
+            ahead.ask<true>(2 * Heads);
             const __m512bh left = (__m512bh)_mm512_permutex2var_epi16(a, low, b), right = (__m512bh)_mm512_permutex2var_epi16(a, high, b);
             for (int h = 0; h < Heads; h++) {
                 const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(p[h * HALF + t / 2]));

@@ -156,13 +156,16 @@ void PagedAttention::attend(
     }
     first_part.push_back(int64_t(parts.size()));
 
-    const int64_t value_width = value_width_, floats = query_heads * (value_width + 2);
-    static thread_local std::vector<float> kept;  // of each part: sums [query_heads, value_width], maxima and weights [query_heads]
-    kept.resize(parts.size() * size_t(floats));
-    float* partial = kept.data();
     struct alignas(64) Line {
         uint8_t bytes[64];
     };
+    // of each part: sums [query_heads, value_width], maxima and weights [query_heads]; two lines apart, because they are written all the time, by
+    // different threads, and processors fetch lines in pairs
+    constexpr int64_t apart = 2 * sizeof(Line) / sizeof(float);
+    const int64_t value_width = value_width_, floats = (query_heads * (value_width + 2) + apart - 1) / apart * apart;
+    static thread_local std::vector<Line> kept;
+    kept.resize(parts.size() * size_t(floats) * sizeof(float) / sizeof(Line));
+    float* partial = reinterpret_cast<float*>(kept.data());
     const int64_t head_bytes = query_bytes(key_width_), heads = int64_t(queries.size()) * query_heads;
     static thread_local std::vector<Line> kept_queries;  // [queries, query_heads, head_bytes]
     kept_queries.resize(size_t(heads * head_bytes / 64));
