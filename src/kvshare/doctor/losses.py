@@ -26,7 +26,7 @@ WEIGHTS_BOUND = {"int8": 0.02, "int4": 1.0}
 model of 135M parameters, and less in larger ones."""
 
 ACTIVATIONS_BOUND = 0.05
-"""The same for activations in 8 bits, which give 0.003 in models of 135M and 270M parameters."""
+"""The same for activations in 8 bits, which give 0.003 to 0.015 in models of 135M and 270M parameters."""
 
 CACHE_BOUND = {9: 0.02, 8: 0.05, 4: 1.0, 3: 2.0, 2: 3.0}
 """The same by the bits of the coarsest owner: wide, because what a precision costs depends on the model. `kvshare tune` measures it."""
