@@ -5,7 +5,7 @@
 
 The engines run in turn, each alone in its process, for several rounds; ratios are taken within a round and their median is quoted.
 Before and after each engine the machine's read bandwidth and bf16 matrix peak are measured, the bandwidth also right before and after each
-engine's decode steps: they are timed again where it moved meanwhile, and rounds in which it was another one for another engine are marked.
+engine's decode steps: these are timed until it stayed three times, and rounds in which it was another one for another engine are marked.
 With --patience 120, engines wait that long at most for the bandwidth that the round's first one met.
 llama.cpp is found through LLAMA_CPP_BIN (its programs) and LLAMA_CPP (its source tree, for the converter), vLLM through VLLM_PYTHON.
 """
@@ -119,7 +119,7 @@ def _said(row: Mapping[str, Any]) -> str:
         return unfinished(row)
     prefill, decode = row["context"] * row["batch"] / row["ttft_s"], row["batch"] / row["decode_s"]
     around = "-".join(f"{speed:.0f}" for speed in row.get("around_gb_s", ()))
-    attempts = f", the steadiest of {len(row['decodes'])}" if len(row.get("decodes", ())) > 1 else ""
+    attempts = f", one of {len(row['decodes'])}" if len(row.get("decodes", ())) > 1 else ""
     memory = f"{row['peak_rss_bytes'] / 1e9:.2f} GB, {row['peak_anonymous_bytes'] / 1e9:.2f} anonymous"
     profile = profile_from(row)
     where = f"; step: {', '.join(f'{part.name} {said(part)}' for part in profile.parts)}" if profile else ""
@@ -139,7 +139,7 @@ def _options() -> argparse.Namespace:
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--peers", type=_names, default=["transformers"], help="engines beside kvshare, separated by commas")
     who.add_argument(
-        "--engines", type=_names, help=f"all engines; ratios are to the first; known: {', '.join(ENGINES)}, kvshare...+kv-NAME"
+        "--engines", type=_names, help=f"all engines; ratios are to the first; known: {', '.join(ENGINES)}, kvshare...+kv-NAME+act-int8"
     )
     parser.add_argument("--gguf", metavar="TYPE", help="give engines that read GGUF the weights in these blocks: Q4_0, Q8_0, ...")
     parser.add_argument("--contexts", type=_tokens, default=[], help="512,4k; without it and --points: 512 to 64k, and 512x8")

@@ -6,6 +6,7 @@ This file and the modules of other engines import nothing of kvshare: an engine 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,18 +36,21 @@ ENGINES: Mapping[str, Engine] = {
     "vllm-cpu": Engine("vllm_cpu", "plain", {"eager": True}, python="VLLM_PYTHON"),
     "vllm-cpu-compiled": Engine("vllm_cpu", "plain", {"eager": False}, python="VLLM_PYTHON"),
 }
-"""By the name that `--engines` takes. Behind a kvshare engine's name `+kv-NAME` chooses the cache's precision."""
+"""By the name that `--engines` takes. Behind a kvshare engine's name `+kv-NAME` chooses the cache's precision, `+act-NAME` activations'."""
+
+SETTINGS: Mapping[str, str] = {"kv": "kv_dtype", "act": "activations"}
 
 
 def engine_named(name: str) -> Engine:
     """The engine that a name of `--engines` stands for. Raises `KeyError` for others."""
-    base, found, precision = name.partition("+kv-")
+    base, *parts = re.split(r"\+(?=kv-|act-)", name)  # `rot4+32` is one precision
     engine = ENGINES[base]
-    if not found:
+    if not parts:
         return engine
     if engine.module != "kvshare_engine":
         raise KeyError(name)
-    return Engine(engine.module, engine.reads, {**engine.options, "kv_dtype": precision}, engine.environment)
+    chosen = {SETTINGS[kind]: precision for kind, _, precision in (part.partition("-") for part in parts)}
+    return Engine(engine.module, engine.reads, {**engine.options, **chosen}, engine.environment)
 
 
 def serve(run: Callable[..., Iterator[Mapping[str, Any]]]) -> None:

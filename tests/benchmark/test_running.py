@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.running import Point, pace_of_the_hopeless
+from benchmarks.bandwidth import Point
+from benchmarks.engines import engine_named
+from benchmarks.running import pace_of_the_hopeless
 from kvshare.benchmark.summary import unfinished
 
 ROW = {"context": 16_384, "batch": 1, "ttft_s": 216.0}
@@ -27,3 +29,21 @@ def test_longer_prompts_take_no_less_by_the_token(left: list[Point], limit: floa
 
 def test_what_was_not_tried_says_why() -> None:
     assert unfinished({"at_least_s": 864.0, "limit_s": 600.0}).startswith("longer than 600 s: 864 s")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("kvshare-int4+act-int8", {"weights": "int4", "activations": "int8"}),
+        ("kvshare+kv-rot4+32", {"kv_dtype": "rot4+32"}),
+        ("kvshare+kv-rot4+32+act-int8", {"kv_dtype": "rot4+32", "activations": "int8"}),
+    ],
+)
+def test_a_name_says_the_precisions(name: str, options: dict[str, str]) -> None:
+    assert engine_named(name).options == options
+
+
+@pytest.mark.parametrize("name", ["llama.cpp+act-int8", "kvshare+32", "other"])
+def test_other_names_are_unknown(name: str) -> None:
+    with pytest.raises(KeyError):
+        engine_named(name)
