@@ -67,5 +67,5 @@ def test_steps_of_many_sequences_are_replayed(family: str, count: int, tmp_path:
         paged.step([own[start + step][None] for own, start in zip(ids, starts, strict=True)])
     assert not paged.decode_steps.reasons
     assert "steps replayed in" in paged.decode_steps.describe()
-    if count == 20 and not family.startswith("zaya"):
+    if count == 20 and not family.startswith("zaya") and kernels.isa() in ("amx", "avx512"):  # other sets leave many rows' gates to torch
         assert paged.decode_steps.describe() == "decode steps replayed in 1 native call"
