@@ -63,7 +63,8 @@ Activations = Annotated[
         envvar="KVSHARE_ACTIVATIONS",
         rich_help_panel="Model",
         help="What activations are rounded to where up to 48 rows meet quantized blocks, each 32 with a scale: int8 multiplies three and "
-        "more rows in up to half the time, and costs as much accuracy as int8 weights. Longer chunks of prompts are not rounded.",
+        "more rows in up to half the time, and costs as much accuracy as int8 weights, in some models several times as much. "
+        "Longer chunks of prompts are not rounded.",
     ),
 ]
 WeightCache = Annotated[

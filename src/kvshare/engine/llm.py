@@ -49,7 +49,8 @@ class LLM:
     quantize what is plain, experts, the per-layer table and the head included. "auto" is native where the kernels are built, and plain
     numbers in `dtype` where that is given as "float32" or "float16".
     `activations`: what rows of activations are rounded to where up to 48 of them meet quantized blocks, each 32 with a scale: "int16", or
-    "int8", which multiplies three and more rows in up to half the time and costs about as much accuracy as int8 weights.
+    "int8", which multiplies three and more rows in up to half the time and costs as much accuracy as int8 weights, in some models
+    several times as much.
     `weight_cache`: whether weights quantized at load are kept in the user's cache and mapped from there, the next time at once.
     `kv_layout`: how Gemma 4's K = V layers are stored: "plain", "compact" or "v-only".
     `kv_dtype`: precision of the cache: a name ("bf16", "int8", "int4", ...), one by owner's layer (-1 for the others), or the path of a
