@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "first_read.h"
 #include "row_form.h"
 #include "tile.h"
 #include "small_ops_tasks.h"
@@ -72,11 +73,6 @@ struct AttendState {
     int kv_heads, group, key_width, value_width;
     int64_t query_bytes;
     float scale, softcap;  // softcap 0: none
-};
-
-// Bytes that lie behind one another: rows of one page.
-struct Run {
-    const uint8_t *at, *end;
 };
 
 // Addresses [ATTEND_ROWS] of up to ATTEND_ROWS rows [kv_heads, width]; entries behind `count` repeat the last row.

@@ -24,7 +24,7 @@ class Program {
 
     explicit Program(StepSpans recorded_from) : recorded_from_(recorded_from) {}
 
-    void append(Call call) { calls_.push_back(std::move(call)); }
+    void append(Call call, FirstRead first_read = {}) { calls_.push_back({std::move(call), std::move(first_read)}); }
     void append(const StepSpans& spans, Call call) {
         if (spans.spans == recorded_from_.spans) append(std::move(call));
         else refuse("rows of another step");
@@ -38,7 +38,12 @@ class Program {
     void run(int64_t begin, int64_t end, const StepSpans& spans) const {
         const Isa& isa = active_isa();
         const auto lead = [&] {
-            for (int64_t i = begin; i < end; i++) calls_[size_t(i)](isa, spans);
+            for (int64_t i = begin, next = begin; i < end; i++) {
+                if (next == i)
+                    for (next++; next < end && !calls_[size_t(next)].first_read;) next++;
+                if (team) team->expect(next < end ? &calls_[size_t(next)].first_read : nullptr);
+                calls_[size_t(i)].run(isa, spans);
+            }
         };
         if (end - begin < LEAST_CALLS) lead();
         else Team::open(lead);
@@ -48,7 +53,11 @@ class Program {
     static constexpr int64_t LEAST_CALLS = 4;  // fewer take their threads one by one sooner than they open a team
 
     StepSpans recorded_from_;
-    std::vector<Call> calls_;
+    struct Recorded {
+        Call run;
+        FirstRead first_read;  // or none that is known
+    };
+    std::vector<Recorded> calls_;
     std::string refusal_;
 };
 
@@ -57,9 +66,9 @@ inline thread_local Program* recording = nullptr;  // what the kernels that this
 enum class Gil { kept, released };  // while a call runs; released where it takes long
 
 // Runs call(isa), and records it where this thread records. Called with the GIL held; an object that must stay alive may be captured as nb::object.
-// `work` is what a stopwatch counts its time as.
+// `work` is what a stopwatch counts its time as, `first_read` what threads may ask for before.
 template <typename Call>
-void perform(Gil gil, Call call, Work work = Work::small) {
+void perform(Gil gil, Call call, Work work = Work::small, FirstRead first_read = {}) {
     auto timed = [call = std::move(call), work](const Isa& isa) {
         const Timed timer(work);
         call(isa);
@@ -69,7 +78,7 @@ void perform(Gil gil, Call call, Work work = Work::small) {
         if (gil == Gil::released) released.emplace();
         timed(active_isa());
     }
-    if (recording) recording->append([timed = std::move(timed)](const Isa& isa, const StepSpans&) { timed(isa); });
+    if (recording) recording->append([timed = std::move(timed)](const Isa& isa, const StepSpans&) { timed(isa); }, std::move(first_read));
 }
 
 // The same for call(isa, spans): what it does with the step's tokens and rows.

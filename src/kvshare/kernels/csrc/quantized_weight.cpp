@@ -69,6 +69,15 @@ class Pieces {
         return {};
     }
 
+    // What a thread reads first: its run, as far as it is of one format.
+    Run beginning(int thread) const {
+        const Rows run = run_of(thread);
+        if (!run.count()) return {};
+        const auto [segment, start] = find(run.begin);
+        const WeightRows rows = piece({run.begin, std::min(run.end, start + segment->count)}).weights;
+        return {rows.data, rows.data + (rows.skip + rows.count) * row_bytes(rows.type, k_)};
+    }
+
   private:
     struct Left {
         alignas(LINE) std::atomic<uint64_t> rows;  // the first one, and their end in the upper half
@@ -178,7 +187,7 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
     static thread_local Rounded rounded;
     const int64_t k = in_features_, out_features = end - begin;
     if (!rows || !out_features) return;
-    const int threads = bytes_ / out_features_ * out_features < SINGLE_THREAD_BYTES ? 1 : most_threads();
+    const int threads = threads_for(out_features, most_threads());
     const int64_t times = (rows + MAX_ROWS - 1) / MAX_ROWS, together = (rows + times - 1) / times;
     Pieces pieces(segments_, k, {begin, end}, threads, MOST_SUMS / together, times > 1 ? CACHED_BYTES : INT64_MAX);
     pieces.begin();
@@ -213,6 +222,14 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
             }
         }
     });
+}
+
+int QuantizedWeight::threads_for(int64_t rows_of_weights, int most) const { return bytes_ / out_features_ * rows_of_weights < SINGLE_THREAD_BYTES ? 1 : most; }
+
+Run QuantizedWeight::first_read(int64_t begin, int64_t end, int thread, int threads) const {
+    const int taking = threads_for(end - begin, threads);
+    if (begin == end || thread >= taking) return {};
+    return Pieces(segments_, in_features_, {begin, end}, taking, MOST_SUMS, INT64_MAX).beginning(thread);
 }
 
 void QuantizedWeight::decode(const Isa& isa, int64_t begin, int64_t end, void* to, bool bf16) const {

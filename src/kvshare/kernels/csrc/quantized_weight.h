@@ -22,6 +22,9 @@ class QuantizedWeight {
     // rounded to integers of `activation_bytes` first.
     void multiply(const Isa& isa, const void* x, bool x_bf16, void* out, bool out_bf16, int64_t rows, int64_t begin, int64_t end) const;
 
+    // What one of the threads of a team reads first in `multiply`.
+    Run first_read(int64_t begin, int64_t end, int thread, int threads) const;
+
     // Rows [begin, end) as bfloat16 or float32.
     void decode(const Isa& isa, int64_t begin, int64_t end, void* to, bool bf16) const;
 
@@ -30,6 +33,8 @@ class QuantizedWeight {
     int64_t bytes() const { return bytes_; }
 
   private:
+    int threads_for(int64_t rows_of_weights, int most) const;
+
     std::vector<Segment> segments_;
     int64_t in_features_, out_features_ = 0, bytes_ = 0;
     int activation_bytes_;  // 1 or 2

@@ -9,6 +9,9 @@
 #include <exception>
 #include <memory>
 #include <thread>
+#include <utility>
+
+#include "first_read.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -56,6 +59,9 @@ class Team {
 
     int size() const { return size_; }
 
+    // What the work behind the next piece reads first: members who are done with theirs ask for it. It must stay until another is named.
+    void expect(const FirstRead* next) { next_ = next; }
+
     // work(share) in the first `count` members, the leader among them. It must not throw: the others would wait for it forever.
     template <typename Run>
     void run(int count, const Run& work) {
@@ -65,8 +71,13 @@ class Team {
         generation_++;
         for (int i = 1; i < count; i++) seats_[i].posted.store(generation_, std::memory_order_release);
         call_(work_, {0, count, this});
+        Asking lines;
+        bool asks = next_;
         for (int i = 1; i < count; i++)
-            for (Wait wait; seats_[i].done.load(std::memory_order_acquire) != generation_;) wait.once();
+            for (Wait wait; seats_[i].done.load(std::memory_order_acquire) != generation_;) {
+                if (std::exchange(asks, false)) lines = Asking((*next_)(0, size_));
+                if (!lines.some()) wait.once();
+            }
     }
 
     void wait_for_all(int count) {
@@ -82,11 +93,15 @@ class Team {
   private:
     void serve(int index) {
         Seat& seat = seats_[index];
+        Asking lines;
         for (uint32_t seen = 0, posted;; seen = posted) {
-            for (Wait wait; (posted = seat.posted.load(std::memory_order_acquire)) == seen;) wait.once();
+            for (Wait wait; (posted = seat.posted.load(std::memory_order_acquire)) == seen;)
+                if (!lines.some()) wait.once();
             if (posted == CLOSED) return;
+            const FirstRead* next = next_;  // before the leader, who waits for this one, names another
             call_(work_, {index, count_, this});
             seat.done.store(posted, std::memory_order_release);
+            lines = next ? Asking((*next)(index, size_)) : Asking();
         }
     }
     void close() {
@@ -100,6 +115,7 @@ class Team {
     };
 
     std::unique_ptr<Seat[]> seats_;
+    const FirstRead* next_ = nullptr;
     const void* work_ = nullptr;
     void (*call_)(const void*, const Share&) noexcept = nullptr;
     int count_ = 1, size_ = 1;

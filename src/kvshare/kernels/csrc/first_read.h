@@ -1,0 +1,36 @@
+// What a piece of work reads first, asked for by threads that have nothing else to do until it comes.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+
+namespace kvshare {
+
+// Bytes that lie behind one another.
+struct Run {
+    const uint8_t *at, *end;
+};
+
+// Where member `thread` of a team of `threads` begins to read in a piece of work; nothing where that is not known before.
+using FirstRead = std::function<Run(int thread, int threads)>;
+
+// Asks the memory for the beginning of a run, a few lines at a time.
+class Asking {
+  public:
+    Asking() = default;
+    explicit Asking(Run run) : at_(run.at), end_(run.at + std::min<int64_t>(run.end - run.at, most())) {}
+    bool some() {  // false: all has been asked for
+        if (at_ >= end_) return false;
+        for (const uint8_t* end = std::min(end_, at_ + AT_ONCE); at_ < end; at_ += LINE) __builtin_prefetch(at_, 0, 2);
+        return true;
+    }
+
+  private:
+    static int64_t most() { static const int64_t m = getenv("ASK_KB") ? atoll(getenv("ASK_KB")) << 10 : MOST; return m; }
+    static constexpr int64_t LINE = 64, AT_ONCE = 8 * LINE;
+    static constexpr int64_t MOST = 256 << 10;  // of the second-level cache
+    const uint8_t *at_ = nullptr, *end_ = nullptr;
+};
+
+}  // namespace kvshare
