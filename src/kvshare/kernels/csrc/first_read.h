@@ -2,7 +2,6 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
 
 namespace kvshare {
@@ -19,7 +18,7 @@ using FirstRead = std::function<Run(int thread, int threads)>;
 class Asking {
   public:
     Asking() = default;
-    explicit Asking(Run run) : at_(run.at), end_(run.at + std::min<int64_t>(run.end - run.at, most())) {}
+    explicit Asking(Run run) : at_(run.at), end_(run.at + std::min<int64_t>(run.end - run.at, MOST)) {}
     bool some() {  // false: all has been asked for
         if (at_ >= end_) return false;
         for (const uint8_t* end = std::min(end_, at_ + AT_ONCE); at_ < end; at_ += LINE) __builtin_prefetch(at_, 0, 2);
@@ -27,9 +26,8 @@ class Asking {
     }
 
   private:
-    static int64_t most() { static const int64_t m = getenv("ASK_KB") ? atoll(getenv("ASK_KB")) << 10 : MOST; return m; }
     static constexpr int64_t LINE = 64, AT_ONCE = 8 * LINE;
-    static constexpr int64_t MOST = 256 << 10;  // of the second-level cache
+    static constexpr int64_t MOST = 128 << 10;  // of the second-level cache: more does not come sooner, and drives out what the work between needs
     const uint8_t *at_ = nullptr, *end_ = nullptr;
 };
 
