@@ -9,6 +9,21 @@ inline void spell_plain(RowKind, int width, int, int head, const float* q, uint8
 
 inline void settle_plain(const AttendState&) {}
 
+inline void merge_parts(const AttendedParts& parts, int heads, int head, int width, const float* sink, float* to) {
+    const float *maxima = parts.sums + heads * width + head, *weights = maxima + heads, *sums = parts.sums + head * width;
+    float maximum = sink ? *sink : -INFINITY;
+    for (int64_t p = 0; p < parts.count; p++) maximum = maxima[p * parts.stride] > maximum ? maxima[p * parts.stride] : maximum;
+    float weight = sink ? expf(*sink - maximum) : 0;
+    for (int i = 0; i < width; i++) to[i] = 0;
+    for (int64_t p = 0; p < parts.count; p++, sums += parts.stride) {
+        const float share = expf(maxima[p * parts.stride] - maximum);
+        weight += share * weights[p * parts.stride];
+        for (int i = 0; i < width; i++) to[i] += share * sums[i];
+    }
+    const float whole = weight > 0 ? 1.0f / weight : 0.0f;
+    for (int i = 0; i < width; i++) to[i] *= whole;
+}
+
 inline void attend_plain(const AttendRows& rows, const AttendState& state) {
     float row[WIDEST_HEAD], scores[HEADS_AT_ONCE][ATTEND_ROWS];
     const int key_width = state.key_width, value_width = state.value_width;

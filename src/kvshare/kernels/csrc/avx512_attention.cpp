@@ -28,5 +28,5 @@ namespace {
 #include "code_sums_avx512.h"
 #include "attention_avx512.h"
 }  // namespace
-const AttentionKernels attention = {spell_avx512, attend_avx512, settle_avx512};
+const AttentionKernels attention = {spell_avx512, attend_avx512, settle_avx512, merge_parts};
 }  // namespace kvshare::avx512

@@ -39,7 +39,7 @@ static void encode(const Isa& isa, const StreamShape& shape, int64_t head, const
         if (largest > 0) unit = largest;
         for (int i = 0; i < shape.width; i++) x[i] /= unit;
     }
-    if (shape.rotation) shape.rotation->apply(x);
+    if (shape.rotation) shape.rotation->apply(isa, x);
     isa.rows.encode_head(shape.kind, shape.width, x, unit, to);
 }
 

@@ -18,6 +18,7 @@ namespace avx2 {
 #include "block_row.h"
 #include "row_decode.h"
 #include "row_encode.h"
+#include "hadamard.h"
 #include "attention.h"
 #include "lanes_plain.h"
 #include "tile_softmax.h"
@@ -27,8 +28,8 @@ namespace avx2 {
 #include "read_memory.h"
 #include "small_ops.h"
 const ProductKernels products = {round_row, multiply_rows, multiply_bf16, decode_rows, encode_row};
-const RowKernels rows = {decode_heads, encode_head, rebuild_key};
-const AttentionKernels attention = {spell_plain, attend_plain, settle_plain};
+const RowKernels rows = {decode_heads, encode_head, rebuild_key, hadamard};
+const AttentionKernels attention = {spell_plain, attend_plain, settle_plain, merge_parts};
 }  // namespace avx2
 const Isa isa_avx2 = {"avx2", avx2::products, avx2::rows, avx2::attention, avx2::tile_kernel, avx2::small_ops, avx2::score_rows_by_heads, avx2::read_memory};
 }  // namespace kvshare

@@ -16,6 +16,7 @@ namespace plain {
 #include "block_row.h"
 #include "row_decode.h"
 #include "row_encode.h"
+#include "hadamard.h"
 #include "attention.h"
 #include "lanes_plain.h"
 #include "tile_softmax.h"
@@ -25,8 +26,8 @@ namespace plain {
 #include "read_memory.h"
 #include "small_ops.h"
 const ProductKernels products = {round_row, multiply_rows, multiply_bf16, decode_rows, encode_row};
-const RowKernels rows = {decode_heads, encode_head, rebuild_key};
-const AttentionKernels attention = {spell_plain, attend_plain, settle_plain};
+const RowKernels rows = {decode_heads, encode_head, rebuild_key, hadamard};
+const AttentionKernels attention = {spell_plain, attend_plain, settle_plain, merge_parts};
 }  // namespace plain
 const Isa isa_plain = {"plain", plain::products, plain::rows, plain::attention, plain::tile_kernel, plain::small_ops, plain::score_rows_by_heads, plain::read_memory};
 }  // namespace kvshare

@@ -75,6 +75,12 @@ struct AttendState {
     float scale, softcap;  // softcap 0: none
 };
 
+// What `count` parts of the rows gave, `stride` numbers apart: sums [heads, width] as AttendState's `out`, then their maxima and weights, [heads] each.
+struct AttendedParts {
+    const float* sums;
+    int64_t count, stride;
+};
+
 // Addresses [ATTEND_ROWS] of up to ATTEND_ROWS rows [kv_heads, width]; entries behind `count` repeat the last row.
 struct AttendRows {
     const uint8_t *const *k, *const *v;
@@ -109,6 +115,8 @@ struct RowKernels {
     void (*encode_head)(RowKind kind, int width, const float* x, float unit, uint8_t* to);
     // One head of a key from the value of the same row, which stands at `position`; `rotated` is its rotated part, or null.
     void (*rebuild_key)(const KeyRebuild& rebuild, int width, int64_t position, const uint16_t* v, const uint16_t* rotated, uint16_t* k);
+    // The normalised Walsh-Hadamard transform of x[size], in place; `size` is a power of two.
+    void (*hadamard)(float* x, int size);
 };
 
 // Attention of one query a sequence: paged_attention.cpp.
@@ -119,6 +127,8 @@ struct AttentionKernels {
     void (*attend)(const AttendRows& rows, const AttendState& state);
     // After the last rows: `out`, which `attend` may keep in an order of its own, as columns in order.
     void (*settle)(const AttendState& state);
+    // to[width]: what all parts give for head number `head` of `heads`, a softmax's output. `sink`: a score without a value, or null.
+    void (*merge)(const AttendedParts& parts, int heads, int head, int width, const float* sink, float* to);
 };
 
 struct Isa {

@@ -10,22 +10,16 @@
 namespace kvshare {
 
 static constexpr int64_t MOST_PARTS = 64;  // of one sequence
-static constexpr int64_t LEAST_ROWS = 128;  // of a part
+static constexpr int64_t TWO_PARTS = 128, FOUR_PARTS = 512;  // rows from which on they are cut so
 static constexpr int WIDEST = 2048;  // numbers of a head
 static constexpr int64_t SINGLE_THREAD_BYTES = 64 << 10;
 static constexpr int64_t NEAR_BYTES = 16 << 10;
 
-static int64_t rows_of_part(int64_t rows) {
-    const int64_t even = (rows + MOST_PARTS - 1) / MOST_PARTS;
-    return std::max(LEAST_ROWS, (even + ATTEND_ROWS - 1) / ATTEND_ROWS * ATTEND_ROWS);
-}
-
-static float number(const void* numbers, bool bf16, int64_t i) {
-    if (!bf16) return static_cast<const float*>(numbers)[i];
-    const uint32_t bits = uint32_t(static_cast<const uint16_t*>(numbers)[i]) << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
+// In how many parts so many rows are cut: enough for threads to share, few enough that what a part costs by itself (sums of its own, and merging them)
+// stays small beside its rows. Four of 512 rows, 64 of 128K.
+static int64_t num_parts(int64_t rows) {
+    if (rows < FOUR_PARTS) return rows < TWO_PARTS ? std::min<int64_t>(rows, 1) : 2;
+    return std::min<int64_t>(MOST_PARTS, 4 * std::lround(std::sqrt(double(rows) / FOUR_PARTS)));
 }
 
 // Where up to ATTEND_ROWS rows of one stream are, one by one and page by page.
@@ -52,6 +46,12 @@ void PagedAttention::find(const StreamShape& stream, const int32_t* pages, int64
 struct PagedAttention::Part {
     const Query* query;
     int64_t begin, end;
+};
+
+// What one row of q and out is made of, in its order.
+struct PagedAttention::Sequence {
+    int64_t row, first_part, parts;
+    int left;  // of them, to be done
 };
 
 // Where the rows of one call of a kernel are, keys and values.
@@ -101,34 +101,43 @@ void PagedAttention::attend_rows(const Isa& isa, const Part& part, const Part* f
     isa.attention.settle(state);
 }
 
-void PagedAttention::spell(const Isa& isa, const StreamShape& keys, const void* q, int64_t row, int query_heads, int head, uint8_t* to) const {
-    const int group = query_heads / kv_heads_, kv_head = head / group;
-    float numbers[WIDEST];
-    for (int i = 0; i < keys.width; i++) numbers[i] = number(q, bf16_, (row * query_heads + head) * keys.width + i);
-    if (!keys.balance.empty())
-        for (int i = 0; i < keys.width; i++) numbers[i] *= keys.balance[size_t(kv_head * keys.width + i)];
-    if (keys.rotation) keys.rotation->apply(numbers);  // keys stay as they are: rotating both keeps their products
-    isa.attention.spell(keys.kind, keys.width, group, head % group, numbers, to + kv_head * group * query_bytes(keys.width));
+void PagedAttention::spell(const Isa& isa, const Query& query, const void* q, int query_heads, uint8_t* to) const {
+    const StreamShape& keys = kinds_[size_t(query.kind)].k;
+    const int group = query_heads / kv_heads_;
+    const int64_t bytes = query_bytes(keys.width), head_numbers = head_bytes(numbers(), keys.width);
+    const auto* from = static_cast<const uint8_t*>(q) + query.row * query_heads * head_numbers;
+    float x[WIDEST];
+    for (int head = 0; head < query_heads; head++, from += head_numbers) {
+        isa.rows.decode_heads(numbers(), keys.width, &from, 1, x, keys.width, false);
+        if (!keys.balance.empty())
+            for (int i = 0; i < keys.width; i++) x[i] *= keys.balance[size_t(head / group * keys.width + i)];
+        if (keys.rotation) keys.rotation->apply(isa, x);  // keys stay as they are: rotating both keeps their products
+        isa.attention.spell(keys.kind, keys.width, group, head % group, x, to + head / group * group * bytes);
+    }
 }
 
-void PagedAttention::finish(float* numbers, float factor, void* out, int64_t head) const {
-    for (int i = 0; i < value_width_; i++) numbers[i] *= factor;
-    if (kinds_[0].v.rotation) kinds_[0].v.rotation->undo(numbers);
-    for (int i = 0; i < value_width_; i++) {
-        if (bf16_) {
-            uint32_t bits;
-            memcpy(&bits, numbers + i, 4);
-            static_cast<uint16_t*>(out)[head * value_width_ + i] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-        } else {
-            static_cast<float*>(out)[head * value_width_ + i] = numbers[i];
-        }
+void PagedAttention::merge(const Isa& isa, const AttendedParts& parts, const float* sinks, int query_heads, void* out) const {
+    const auto& rotation = kinds_[0].v.rotation;
+    auto* to = static_cast<uint8_t*>(out);
+    float x[WIDEST];
+    for (int head = 0; head < query_heads; head++, to += head_bytes(numbers(), value_width_)) {
+        isa.attention.merge(parts, query_heads, head, value_width_, sinks ? sinks + head : nullptr, x);
+        if (rotation) rotation->undo(isa, x);
+        isa.rows.encode_head(numbers(), value_width_, x, 1.0f, to);
     }
 }
 
 void PagedAttention::attend(
     const Isa& isa, const void* q, void* out, int query_heads, const StepSpans& step, float scale, float softcap, const float* sinks
 ) const {
-    std::vector<Query> queries;
+    static thread_local std::vector<Query> kept_queries;
+    static thread_local std::vector<Part> kept_parts;
+    static thread_local std::vector<Sequence> kept_sequences;
+    std::vector<Query>& queries = kept_queries;
+    std::vector<Part>& parts = kept_parts;
+    std::vector<Sequence>& sequences = kept_sequences;
+    queries.clear(), parts.clear(), sequences.clear();
+    int64_t total_bytes = 0;
     for (const StepSpan& span : step) {
         if (span.count != 1) continue;
         for (size_t kind = 0; kind < kinds_.size(); kind++) {
@@ -138,23 +147,20 @@ void PagedAttention::attend(
             const int64_t end = std::max(first, newest - rows.behind);
             k.check(first, end, rows.k.rows_per_page);
             v.check(first, end, rows.v.rows_per_page);
-            queries.push_back({span.row, first, end, k.pages, k.first_page, v.pages, v.first_page, int(kind)});
+            queries.push_back({span.row, first, end, k.pages, k.first_page, v.pages, v.first_page, int(kind), int64_t(sequences.size())});
+            total_bytes += (end - first) * (rows.k.row_bytes + rows.v.row_bytes);
         }
+        sequences.push_back({span.row, 0, 0, 0});
     }
-    std::vector<Part> parts;
-    std::vector<int64_t> rows, first_part;  // of q and out, and where the parts of each begin
-    int64_t total_bytes = 0;
     for (const Query& query : queries) {
-        if (rows.empty() || rows.back() != query.row) {
-            rows.push_back(query.row);
-            first_part.push_back(int64_t(parts.size()));
-        }
-        const int64_t step = rows_of_part(query.end - query.first);
-        for (int64_t begin = query.first; begin < query.end; begin += step) parts.push_back({&query, begin, std::min(begin + step, query.end)});
-        const StreamShape &k = kinds_[size_t(query.kind)].k, &v = kinds_[size_t(query.kind)].v;
-        total_bytes += (query.end - query.first) * (k.row_bytes + v.row_bytes);
+        Sequence& sequence = sequences[size_t(query.sequence)];
+        if (!query.kind) sequence.first_part = int64_t(parts.size());
+        const int64_t rows = query.end - query.first, blocks = (rows + ATTEND_ROWS - 1) / ATTEND_ROWS, count = num_parts(rows);
+        const auto border = [&](int64_t part) { return std::min(query.end, query.first + part * blocks / count * ATTEND_ROWS); };
+        for (int64_t part = 0; part < count; part++) parts.push_back({&query, border(part), border(part + 1)});
+        sequence.parts = int64_t(parts.size()) - sequence.first_part;
+        sequence.left = int(sequence.parts);
     }
-    first_part.push_back(int64_t(parts.size()));
 
     struct alignas(64) Line {
         uint8_t bytes[64];
@@ -162,59 +168,46 @@ void PagedAttention::attend(
     // of each part: sums [query_heads, value_width], maxima and weights [query_heads]; two lines apart, because they are written all the time, by
     // different threads, and processors fetch lines in pairs
     constexpr int64_t apart = 2 * sizeof(Line) / sizeof(float);
-    const int64_t value_width = value_width_, floats = (query_heads * (value_width + 2) + apart - 1) / apart * apart;
+    const int64_t floats = (query_heads * (int64_t(value_width_) + 2) + apart - 1) / apart * apart;
     static thread_local std::vector<Line> kept;
-    kept.resize(parts.size() * size_t(floats) * sizeof(float) / sizeof(Line));
+    kept.resize(std::max(kept.size(), parts.size() * size_t(floats) * sizeof(float) / sizeof(Line)));
     float* partial = reinterpret_cast<float*>(kept.data());
-    const int64_t head_bytes = query_bytes(key_width_), heads = int64_t(queries.size()) * query_heads;
-    static thread_local std::vector<Line> kept_queries;  // [queries, query_heads, head_bytes]
-    kept_queries.resize(size_t(heads * head_bytes / 64));
-    uint8_t* spelled = kept_queries.data()->bytes;
+    const int64_t head_bytes = query_bytes(key_width_);
+    const auto put = [&](const Sequence& sequence) {
+        const int64_t bytes = int64_t(value_width_) * (bf16_ ? 2 : 4);
+        merge(isa, {partial + sequence.first_part * floats, sequence.parts, floats}, sinks, query_heads, static_cast<uint8_t*>(out) + sequence.row * query_heads * bytes);
+    };
+    for (const Sequence& sequence : sequences)
+        if (!sequence.parts) put(sequence);
     std::atomic<int64_t> next{0};
-    const bool alone = total_bytes < SINGLE_THREAD_BYTES;
 
-    in_parallel(alone ? 1 : most_threads(), [&](const Share& thread) {
+    // Every thread prepares the queries that it needs by itself, and whoever is done with a sequence's last part merges them: nobody waits for another
+    in_parallel(total_bytes < SINGLE_THREAD_BYTES ? 1 : most_threads(), [&](const Share&) {
+        static thread_local std::vector<Line> kept_query;  // [query_heads, head_bytes]
         const auto take = [&] {
             const int64_t i = next++;
             return i < int64_t(parts.size()) ? &parts[size_t(i)] : nullptr;
         };
         const Part* part = take();
         if (part) read_first_rows(*part);
-        thread.each(heads, [&](int64_t i) {
-            const int64_t s = i / query_heads;
-            const Query& query = queries[size_t(s)];
-            spell(isa, kinds_[size_t(query.kind)].k, q, query.row, query_heads, int(i % query_heads), spelled + s * query_heads * head_bytes);
-        });
-        thread.wait_for_all();
+        kept_query.resize(std::max(kept_query.size(), size_t(query_heads * head_bytes / 64)));
+        uint8_t* spelled = kept_query.data()->bytes;
+        const Query* prepared = nullptr;
         for (const Part* following; part; part = following) {
             following = take();
+            const Query& query = *part->query;
+            if (prepared != &query) spell(isa, query, q, query_heads, spelled);
+            prepared = &query;
             float* sums = partial + (part - parts.data()) * floats;
-            float *maxima = sums + query_heads * value_width, *weights = maxima + query_heads;
+            float *maxima = sums + query_heads * value_width_, *weights = maxima + query_heads;
             std::fill(sums, maxima, 0.0f);
             std::fill(maxima, weights, -INFINITY);
             std::fill(weights, weights + query_heads, 0.0f);
-            const uint8_t* spelled_query = spelled + (part->query - queries.data()) * query_heads * head_bytes;
-            const StreamShape &k = kinds_[size_t(part->query->kind)].k, &v = kinds_[size_t(part->query->kind)].v;
-            attend_rows(
-                isa, *part, following,
-                {spelled_query, maxima, weights, sums, k.kind, v.kind, kv_heads_, query_heads / kv_heads_, k.width, v.width, head_bytes, scale, softcap}
-            );
+            const StreamShape &k = kinds_[size_t(query.kind)].k, &v = kinds_[size_t(query.kind)].v;
+            attend_rows(isa, *part, following, {spelled, maxima, weights, sums, k.kind, v.kind, kv_heads_, query_heads / kv_heads_, k.width, v.width, head_bytes, scale, softcap});
+            Sequence& sequence = sequences[size_t(query.sequence)];
+            if (std::atomic_ref(sequence.left).fetch_sub(1, std::memory_order_acq_rel) == 1) put(sequence);
         }
-        thread.wait_for_all();
-        thread.each(int64_t(rows.size()) * query_heads, [&](int64_t i) {
-            const int64_t s = i / query_heads, head = i % query_heads;
-            float maximum = sinks ? sinks[head] : -INFINITY, weight = 0;
-            for (int64_t p = first_part[size_t(s)]; p < first_part[size_t(s) + 1]; p++) maximum = std::max(maximum, partial[p * floats + query_heads * value_width + head]);
-            if (sinks) weight = expf(sinks[head] - maximum);
-            float sums[WIDEST] = {};
-            for (int64_t p = first_part[size_t(s)]; p < first_part[size_t(s) + 1]; p++) {
-                const float* at = partial + p * floats;
-                const float share = expf(at[query_heads * value_width + head] - maximum);
-                weight += share * at[query_heads * (value_width + 1) + head];
-                for (int64_t c = 0; c < value_width; c++) sums[c] += share * at[head * value_width + c];
-            }
-            finish(sums, weight > 0 ? 1.0f / weight : 0.0f, out, rows[size_t(s)] * query_heads + head);
-        });
     });
 }
 

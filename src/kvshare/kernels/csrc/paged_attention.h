@@ -28,6 +28,7 @@ struct Query {
     const int32_t* v_pages;
     int64_t v_first_page;
     int kind;  // of rows
+    int64_t sequence;  // counted without those that are left out
 };
 
 // One kind of row: keys in one stream, values in another or the same, and which of a sequence's rows its query sees.
@@ -51,14 +52,16 @@ class PagedAttention {
 
   private:
     struct Part;
+    struct Sequence;
     struct Places;
     struct Block;
     void attend_rows(const Isa& isa, const Part& part, const Part* following, const AttendState& state) const;
     void read_first_rows(const Part& part) const;
     void find(const Part& part, int64_t from, Block* block) const;
     void find(const StreamShape& stream, const int32_t* pages, int64_t first_page, int64_t from, int64_t end, Places* places) const;
-    void spell(const Isa& isa, const StreamShape& keys, const void* q, int64_t row, int query_heads, int head, uint8_t* to) const;
-    void finish(float* numbers, float factor, void* out, int64_t head) const;   // numbers [value width] are changed
+    void spell(const Isa& isa, const Query& query, const void* q, int query_heads, uint8_t* to) const;  // [query_heads, query_bytes]
+    void merge(const Isa& isa, const AttendedParts& parts, const float* sinks, int query_heads, void* out) const;  // [query_heads, value width]
+    RowKind numbers() const { return bf16_ ? RowKind::BF16 : RowKind::FP32; }  // q and out as rows
 
     const uint8_t* arena_;
     int64_t page_bytes_;

@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "kernels.h"
+
 namespace kvshare {
 
 class Rotation {
@@ -13,33 +15,22 @@ class Rotation {
     Rotation(std::vector<float> signs, std::vector<float> matrix)
         : signs_(std::move(signs)), matrix_(std::move(matrix)), odd_(int(std::lround(std::sqrt(double(matrix_.size()))))) {}
 
-    void apply(float* x) const {  // [width], in place
-        const int width = int(signs_.size());
-        for (int i = 0; i < width; i++) x[i] *= signs_[size_t(i)];
-        transform(x);
+    void apply(const Isa& isa, float* x) const {  // [width], in place
+        for (size_t i = 0; i < signs_.size(); i++) x[i] *= signs_[i];
+        transform(isa, x);
         mix(x, [this](int i, int j) { return matrix_[size_t(i * odd_ + j)]; });
     }
 
-    void undo(float* x) const {
+    void undo(const Isa& isa, float* x) const {
         mix(x, [this](int i, int j) { return matrix_[size_t(j * odd_ + i)]; });
-        transform(x);
+        transform(isa, x);
         for (size_t i = 0; i < signs_.size(); i++) x[i] *= signs_[i];
     }
 
   private:
-    void transform(float* x) const {
+    void transform(const Isa& isa, float* x) const {
         const int size = int(signs_.size()) / odd_;
-        const float unit = 1.0f / std::sqrt(float(size));
-        for (int part = 0; part < odd_; part++, x += size) {
-            for (int half = 1; half < size; half *= 2)
-                for (int i = 0; i < size; i += 2 * half)
-                    for (int j = i; j < i + half; j++) {
-                        const float a = x[j], b = x[j + half];
-                        x[j] = a + b;
-                        x[j + half] = a - b;
-                    }
-            for (int i = 0; i < size; i++) x[i] *= unit;
-        }
+        for (int part = 0; part < odd_; part++) isa.rows.hadamard(x + part * size, size);
     }
 
     template <typename Entry>

@@ -167,13 +167,13 @@ void TileAttention::rebuild_keys(const Isa& isa, const KeyRebuild& rebuild, cons
     for (int i = 0; i < TILE_ROWS; i++) tile.k[i] = reinterpret_cast<const uint8_t*>(keys + (std::clamp(i, begin, end - 1) - begin) * key_width_);
 }
 
-void rotate_bf16(const Isa& isa, int width, const uint16_t* from, uint16_t* to, const Rotation& rotation, void (Rotation::*way)(float*) const) {
+void rotate_bf16(const Isa& isa, int width, const uint16_t* from, uint16_t* to, const Rotation& rotation, void (Rotation::*way)(const Isa&, float*) const) {
     static thread_local std::vector<float> kept;
     kept.resize(size_t(width));
     float* numbers = kept.data();
     const auto* plain = reinterpret_cast<const uint8_t*>(from);
     isa.rows.decode_heads(RowKind::BF16, width, &plain, 1, numbers, width, false);
-    (rotation.*way)(numbers);
+    (rotation.*way)(isa, numbers);
     plain = reinterpret_cast<const uint8_t*>(numbers);
     isa.rows.decode_heads(RowKind::FP32, width, &plain, 1, to, width, true);
 }

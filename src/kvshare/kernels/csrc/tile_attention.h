@@ -45,7 +45,7 @@ struct TileSpan {
 };
 
 // One head of bfloat16, from there to here: rotated keys stay as they are and the queries are rotated; results are rotated back.
-void rotate_bf16(const Isa& isa, int width, const uint16_t* from, uint16_t* to, const Rotation& rotation, void (Rotation::*way)(float*) const);
+void rotate_bf16(const Isa& isa, int width, const uint16_t* from, uint16_t* to, const Rotation& rotation, void (Rotation::*way)(const Isa&, float*) const);
 
 class TileAttention {
   public:
