@@ -31,6 +31,6 @@ void multiply_either(const WeightRows& weights, int64_t k, const Activations& x,
     else multiply_avx512<2>(weights, k, x, rows, y, stride, ahead);
 }
 }  // namespace
-const ProductKernels products = {round_avx512, multiply_either, multiply_bf16_avx512, decode_avx512, encode_row};
+const ProductKernels products = {round_avx512, multiply_either, arrange_avx512, multiply_bf16_avx512, decode_avx512, encode_row};
 uint64_t read(const uint8_t* from, int64_t bytes, int streams, int64_t run, int64_t ahead) { return read_memory(from, bytes, streams, run, ahead); }
 }  // namespace kvshare::avx512

@@ -27,7 +27,7 @@ namespace avx2 {
 #include "key_rebuild.h"
 #include "read_memory.h"
 #include "small_ops.h"
-const ProductKernels products = {round_row, multiply_rows, multiply_bf16, decode_rows, encode_row};
+const ProductKernels products = {round_row, multiply_rows, as_they_are, multiply_bf16, decode_rows, encode_row};
 const RowKernels rows = {decode_heads, encode_head, rebuild_key, hadamard};
 const AttentionKernels attention = {spell_plain, attend_plain, settle_plain, merge_parts};
 }  // namespace avx2

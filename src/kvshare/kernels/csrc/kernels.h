@@ -61,6 +61,7 @@ struct Activations {
 
 constexpr float SMALLEST = 1e-30f;  // 32 numbers below count as zeros: their scale could not be divided by
 constexpr int64_t MAX_ROWS = 8;     // rows of activations that one call multiplies
+constexpr int64_t LONG_ROW = 4096;  // numbers: so long rows of BF16 weights are multiplied with twice as many
 constexpr int64_t ATTEND_ROWS = 32;  // rows of the cache that one call attends to
 
 // The queries of one sequence and what has been summed up for them so far.
@@ -99,7 +100,10 @@ struct ProductKernels {
     // y[r * stride + n] = weights[n] . x[r] for rows of weights of k numbers, in any format but BF16, and the first `rows` <= MAX_ROWS rows
     // of activations. `ahead`: what will be read next. A result depends on its row of weights and its row of activations alone.
     void (*multiply)(const WeightRows& weights, int64_t k, const Activations& x, int rows, float* y, int64_t stride, const uint8_t* ahead);
-    // The same for BF16 weights and activations [rows, k] as they are.
+    // Rows of activations as multiply_bf16 wants them, `together` rows a call: x itself, or memory of this thread until its next call. Those of a call
+    // begin behind the rows before, of `*padded` numbers each.
+    const void* (*arrange)(const void* x, bool bf16, int64_t rows, int64_t k, int64_t together, int64_t* padded);
+    // `multiply` for BF16 weights and arranged activations as they are; `rows` <= MAX_ROWS, or twice as many where k is at least LONG_ROW.
     void (*multiply_bf16)(const uint8_t* weights, int64_t count, int64_t k, const void* x, bool bf16, int rows, float* y, int64_t stride, const uint8_t* ahead);
     // Rows of weights as numbers: to[count, k], bfloat16 or float32.
     void (*decode)(const WeightRows& weights, int64_t k, void* to, bool bf16);

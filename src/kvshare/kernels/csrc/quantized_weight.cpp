@@ -176,7 +176,7 @@ QuantizedWeight::QuantizedWeight(std::vector<Segment> segments, int64_t in_featu
         if (in_features <= 0 || in_features % unit) throw std::invalid_argument("rows of " + std::to_string(in_features) + " weights are not whole blocks of " + std::to_string(unit));
         out_features_ += segment.count;
         bytes_ += segment.count * row_bytes(segment.type, in_features);
-        has_blocks_ |= segment.type != BlockType::BF16;
+        (segment.type == BlockType::BF16 ? has_bf16_ : has_blocks_) = true;
         const int64_t strips = segment.interleaved ? segment.count / STRIP * STRIP : 0;
         if (strips) append({segment.rows, strips, segment.type, true});
         if (strips < segment.count) append({segment.rows + strips * row_bytes(segment.type, in_features), segment.count - strips, segment.type, false});
@@ -188,7 +188,7 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
     const int64_t k = in_features_, out_features = end - begin;
     if (!rows || !out_features) return;
     const int threads = threads_for(out_features, most_threads());
-    const int64_t times = (rows + MAX_ROWS - 1) / MAX_ROWS, together = (rows + times - 1) / times;
+    const int64_t most = has_blocks_ || k < LONG_ROW ? MAX_ROWS : 2 * MAX_ROWS, times = (rows + most - 1) / most, together = (rows + times - 1) / times;
     Pieces pieces(segments_, k, {begin, end}, threads, MOST_SUMS / together, times > 1 ? CACHED_BYTES : INT64_MAX);
     pieces.begin();
     const Activations activations = has_blocks_ ? rounded.room(rows, k, activation_bytes_) : Activations{};
@@ -206,6 +206,8 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
             });
             thread.wait_for_all();
         }
+        int64_t padded = 0;
+        const uint8_t* arranged = has_bf16_ ? static_cast<const uint8_t*>(isa.products.arrange(x, x_bf16, rows, k, together, &padded)) : nullptr;
         alignas(LINE) float sums[MOST_SUMS];
         // the piece behind this one is taken before this one is worked on, so that the kernel can ask the memory for it in time
         for (Piece piece = pieces.take(thread.index), behind; piece.weights.count; piece = behind) {
@@ -216,7 +218,7 @@ void QuantizedWeight::multiply(const Isa& isa, const void* x, bool x_bf16, void*
                 const int count = int(std::min(together, rows - r));
                 float* y = out_bf16 ? sums : static_cast<float*>(out) + r * out_features + first;
                 const int64_t stride = out_bf16 ? weights.count : out_features;
-                if (weights.type == BlockType::BF16) isa.products.multiply_bf16(weights.data, weights.count, k, row(r), x_bf16, count, y, stride, ahead);
+                if (weights.type == BlockType::BF16) isa.products.multiply_bf16(weights.data, weights.count, k, arranged + r * padded * (x_bf16 ? 2 : 4), x_bf16, count, y, stride, ahead);
                 else isa.products.multiply(weights, k, activations.from(r), count, y, stride, ahead);
                 for (int j = 0; out_bf16 && j < count; j++) to_bf16(sums + j * stride, weights.count, static_cast<uint16_t*>(out) + (r + j) * out_features + first);
             }

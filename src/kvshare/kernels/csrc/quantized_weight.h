@@ -38,7 +38,7 @@ class QuantizedWeight {
     std::vector<Segment> segments_;
     int64_t in_features_, out_features_ = 0, bytes_ = 0;
     int activation_bytes_;  // 1 or 2
-    bool has_blocks_ = false;  // any segment but BF16
+    bool has_blocks_ = false, has_bf16_ = false;  // segments in blocks, and those that are not
 };
 
 }  // namespace kvshare
