@@ -45,13 +45,21 @@ class LinesAhead {
             for (int i = 0; i < Bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at_ + i), _MM_HINT_T1);
         pass(Bytes);
     }
-
-  private:
-    static constexpr int64_t FIRST_LEVEL = 16 << 10;  // more would drive out of the first-level cache what is multiplied now
+    // The Part-th of Parts equal parts of so many bytes, near enough for the first level; behind the last one, `pass` them.
+    template <int Bytes, int Part, int Parts>
+    [[gnu::always_inline]] void ask_part() const {
+        constexpr int lines = (Bytes + 63) / 64;
+        each<lines>([&](auto i) __attribute__((always_inline)) {
+            if constexpr (i * Parts / lines == Part) _mm_prefetch(reinterpret_cast<const char*>(at_ + 64 * i), _MM_HINT_T0);
+        });
+    }
     void pass(int64_t bytes) {
         at_ += bytes;
         if ((left_ -= bytes) <= 0) at_ = next_ - left_, left_ = INT64_MAX;
     }
+
+  private:
+    static constexpr int64_t FIRST_LEVEL = 16 << 10;  // more would drive out of the first-level cache what is multiplied now
     const uint8_t* at_;
     int64_t left_ = INT64_MAX;
     const uint8_t* next_ = nullptr;
@@ -64,12 +72,13 @@ constexpr int64_t STREAM_AHEAD = 8 << 10;  // bytes that interleaved weights are
 template <BlockType T, int Width, int Rows, typename Strip>
 inline __attribute__((always_inline)) void multiply_strip(Strip strip, int64_t blocks, Activations x, LinesAhead& lines, __m512* totals) {
     using Format = Reader<T>;
-    constexpr int halves = Format::halves, words = 8 / halves;
+    constexpr int halves = Format::halves, words = 8 / halves, bytes = LANES * shape_of(T).bytes / Format::groups;  // bytes: of a group
     // Beside the sums of more rows, the weights of several groups would not fit the registers: they are unpacked anew for each, and of that what
     // concerns the others falls away. Those of the file are transposed, which costs more. (Of four groups, gcc 12 keeps too much of the others beside the
     // sums of five rows of bytes.)
     constexpr int first = Width == 2 ? 3 : 8 / Format::unit + 1, last = Width == 1 && Format::unit == 4 ? 4 : int(MAX_ROWS);
     constexpr bool anew = Rows >= first && Rows <= last && std::is_same_v<Strip, InterleavedStrip<T>>;
+    constexpr bool evenly = std::is_same_v<Strip, InterleavedStrip<T>>;  // asked for line by line: many at once would fill the queues, and some be dropped
     each<Rows>([&](auto r) __attribute__((always_inline)) { totals[r] = _mm512_setzero_ps(); });
     x.bytes = Width;
     Format reader;
@@ -77,7 +86,7 @@ inline __attribute__((always_inline)) void multiply_strip(Strip strip, int64_t b
         strip.open(block);
         reader.open(strip);
         for (int unit = 0; unit < Format::groups / Format::unit; unit++) {
-            lines.ask<int(LANES * shape_of(T).bytes * Format::unit / Format::groups)>();
+            if constexpr (!evenly) lines.ask<bytes * Format::unit>();
             Unpacked<Format::unit, halves> unpacked;
             const auto multiply = [&](auto g) __attribute__((always_inline)) {
                 asm("" : "+r"(x.q), "+r"(x.scale), "+r"(x.sum), "+r"(x.sum32), "+r"(x.sum16));  // one address each: gcc 12 would keep and count up one for each word
@@ -88,6 +97,7 @@ inline __attribute__((always_inline)) void multiply_strip(Strip strip, int64_t b
                         each<Width>([&](auto b) __attribute__((always_inline)) { sums[r][b] = _mm512_setzero_si512(); });
                     });
                     each<words>([&](auto i) __attribute__((always_inline)) {
+                        if constexpr (evenly) lines.template ask_part<bytes, words * h + i, 8>();
                         const Bytes w = unpacked.w[8 * g + words * h + i];
                         each<Rows>([&](auto r) __attribute__((always_inline)) {
                             each<Width>([&](auto b) __attribute__((always_inline)) { add_products(sums[r][b], w, q + 32 * (Width * r + b) + 4 * i); });
@@ -103,6 +113,7 @@ inline __attribute__((always_inline)) void multiply_strip(Strip strip, int64_t b
                         if constexpr (Format::has_minimum && h == 0) totals[r] = _mm512_fmadd_ps(unpacked.minimum[g], _mm512_set1_ps(x.sum[r]), totals[r]);
                     });
                 });
+                if constexpr (evenly) lines.pass(bytes);
                 x = x.from(0, 1);
             };
             if constexpr (anew)
