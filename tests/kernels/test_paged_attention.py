@@ -112,6 +112,13 @@ def test_attention_equals_torch(shape: str, dtype: torch.dtype, isa: str) -> Non
             assert (case.run(softcap, sink).double() - case.expected(softcap, sink)).abs().max() < BOUNDS[dtype]
 
 
+def test_many_parts_of_a_long_sequence_are_one_softmax(isa: str) -> None:
+    for lengths, window in (([2100, 513], None), ([1800], 1537)):  # in eight parts of uneven length, and in four
+        case = Case(SHAPES["smollm2"], lengths, torch.float32, window)
+        sinks = torch.randn(9, generator=torch.Generator().manual_seed(5))
+        assert (case.run(sinks=sinks).double() - case.expected(None, sinks)).abs().max() < BOUNDS[torch.float32]
+
+
 ENCODED_BOUNDS = {  # with float32 queries, by codec, in AVX512 and AMX: values are of size 1
     "int8": 0.02,  # weights keep 8 bits
     "rot8": 0.02,
