@@ -59,7 +59,7 @@ class Sequences:
         tokens = self.tokens(len(caches))
         for cache in caches:
             cache.reserve(1)
-        found = self.steps.logits(tokens.tolist(), caches).clone()
+        found = torch.stack(list(self.steps.logits(tokens.tolist(), caches)))
         expected = self.model.logits(self.model(tokens, PagedStep(self.cache, caches, [1] * len(caches)))).float()
         for cache in caches:
             cache.commit(1)

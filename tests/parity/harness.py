@@ -70,8 +70,7 @@ class Paged:
     def replayed(self, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:  # -> [sequences, vocab]
         """What the engine would make of a step of one token a sequence."""
         with torch.inference_mode():
-            logits = self.decode_steps.logits(tokens, caches)
-        return logits.clone()
+            return torch.stack(list(self.decode_steps.logits(tokens, caches)))
 
     @torch.no_grad()
     def step(self, tokens: Sequence[Tensor], which: Sequence[int] | None = None, keep: Sequence[int] | None = None) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from operator import is_not
@@ -19,7 +20,7 @@ from kvshare.cache.arena import Arena
 from kvshare.cache.paged_step import PagedCache, PagedStep
 from kvshare.cache.recorded_step import RecordedStep
 from kvshare.cache.tables import SequenceCache
-from kvshare.kernels.program import Program, record
+from kvshare.kernels.program import Program, ask_for, record
 from kvshare.kernels.scratch import Scratch
 from kvshare.kernels.step_spans import StepSpans, TokenSpan
 from kvshare.models.model import Model
@@ -43,6 +44,7 @@ class _Recorded(NamedTuple):
     tokens: ctypes.Array[ctypes.c_int64]  # [sequences]: filled before each run, as are
     positions: ctypes.Array[ctypes.c_int64]  # [sequences]
     kept: tuple[Tensor, Tensor]  # whose memory these are
+    rows: Sequence[Tensor]  # of the result
 
 
 class DecodeSteps:
@@ -78,10 +80,10 @@ class DecodeSteps:
             return f"decode steps replayed in {each.num_native_runs} native call{'s' * (each.num_native_runs != 1)}{torch_too}"
         return f"decode steps not replayed: {self.reason or 'none came again'}"
 
-    def logits(self, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:  # -> float32 [sequences, vocab]
+    def logits(self, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Sequence[Tensor]:  # -> float32 [vocab] of each sequence
         """Append a token to each sequence, whose cache has reserved its place. The result is overwritten by the next step."""
         if not self._may_record(caches[0].arena):
-            return self._compute(torch.tensor(tokens), PagedStep(self.cache, caches, [1] * len(caches)))
+            return self._compute(torch.tensor(tokens), PagedStep(self.cache, caches, [1] * len(caches))).unbind()
         decoding = Decoding(len(caches), caches[0].arena, kernels.isa())
         recorded = self._recorded.pop(decoding, None)
         if recorded is not None:
@@ -90,7 +92,7 @@ class DecodeSteps:
         if decoding in self._met and decoding not in self.reasons:
             return self._record(decoding, tokens, caches)
         self._met.add(decoding)
-        return self._compute(torch.tensor(tokens), PagedStep(self.cache, caches, [1] * len(caches)))
+        return self._compute(torch.tensor(tokens), PagedStep(self.cache, caches, [1] * len(caches))).unbind()
 
     def _may_record(self, arena: Arena) -> bool:
         if not (kernels.available() and arena.pages.is_cpu and torch.is_inference_mode_enabled()):
@@ -103,14 +105,15 @@ class DecodeSteps:
     def _compute(self, tokens: Tensor, step: PagedStep) -> Tensor:
         return self.model.logits(self.model(tokens, step)).float()
 
-    def _replay(self, recorded: _Recorded, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
+    def _replay(self, recorded: _Recorded, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Sequence[Tensor]:
         past = [cache.num_tokens for cache in caches]
         recorded.tokens[:] = tokens
         recorded.positions[:] = past
         spans = [TokenSpan(cache.page_runs, first, 1, row) for row, (cache, first) in enumerate(zip(caches, past, strict=True))]
-        return recorded.program.run(StepSpans(spans))
+        recorded.program.run(StepSpans(spans))
+        return recorded.rows
 
-    def _record(self, decoding: Decoding, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Tensor:
+    def _record(self, decoding: Decoding, tokens: Sequence[int], caches: Sequence[SequenceCache]) -> Sequence[Tensor]:
         if self._scratch is None:
             self._scratch = Scratch(SCRATCH_BYTES)
         step, inputs = RecordedStep(self.cache, caches, [1] * len(caches)), torch.tensor(tokens)
@@ -121,9 +124,11 @@ class DecodeSteps:
         else:
             if len(self._recorded) >= MOST_PROGRAMS:
                 del self._recorded[next(iter(self._recorded))]
-            self._recorded[decoding] = _Recorded(program, _numbers(inputs), _numbers(step.positions), (inputs, step.positions))
+            self._recorded[decoding] = _Recorded(
+                program, _numbers(inputs), _numbers(step.positions), (inputs, step.positions), program.result.unbind()
+            )
             _log.debug("steps of %d sequences are replayed in %d native calls", decoding.sequences, program.num_native_runs)
-        return logits
+        return logits.unbind()
 
 
 def _numbers(x: Tensor) -> ctypes.Array[ctypes.c_int64]:  # int64 [n]
@@ -139,16 +144,28 @@ class _Seen:
         self._tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers) if tensors]
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._addresses = self._find()
+        self._lines = array("Q", chain.from_iterable(map(_lines_of, self._tensors)))
         self._handles, self._hooked = -1, False
 
-    def _find(self) -> list[int]:
+    def _find(self) -> array[int]:
         tensors = chain.from_iterable(map(dict.values, self._tensors))  # asked in every step: no Python for each of them
-        return list(map(Tensor.data_ptr, filter(partial(is_not, None), tensors)))
+        return array("Q", map(Tensor.data_ptr, filter(partial(is_not, None), tensors)))
 
     def changed(self) -> bool:
+        ask_for(self._lines)  # the step before has driven them out of the caches, and one behind the other they would come slowly
         return self._find() != self._addresses
 
     def has_hooks(self) -> bool:
         if self._hooked or self._handles != RemovableHandle.next_id:  # every hook that is registered takes the next number
             self._handles, self._hooked = RemovableHandle.next_id, any(self._hooks)
         return self._hooked
+
+
+def _lines_of(tensors: Mapping[str, Tensor | None]) -> Iterator[int]:
+    """Addresses in the cache lines that tell where the tensors lie."""
+    yield id(tensors)
+    for tensor in tensors.values():
+        if tensor is not None:
+            yield id(tensor)
+            yield from range(tensor._cdata, tensor._cdata + 192, 64)
+            yield tensor.untyped_storage()._cdata

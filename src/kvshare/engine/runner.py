@@ -58,7 +58,7 @@ class Runner:
     def _decode(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, Tensor]]:
         """`run` where each sequence runs one token and wants its logits."""
         tokens = [sequence.tokens[sequence.cache.num_tokens] for sequence in sequences]
-        logits = self.decode_steps.logits(tokens, [sequence.cache for sequence in sequences])  # [sequences, vocab]
+        logits = self.decode_steps.logits(tokens, [sequence.cache for sequence in sequences])
         for sequence in sequences:
             self._account(sequence, 1, 1)
             sequence.cache.commit(1)

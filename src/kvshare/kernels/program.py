@@ -7,6 +7,7 @@ again with the same tensors: they cost what they cost, without the Python around
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ class Program:
     """What `record` gives: the calls, and where their result lies."""
 
     def __init__(self, native: Any, parts: list[_NativeCalls | Callable[[], object]], result: Tensor, kept: list[object]):
-        self._native, self._parts, self._result, self._kept = native, parts, result, kept
+        self._native, self._parts, self._kept = native, parts, kept
+        self.result = result  # of every run; it lies in the recording's scratch, and is overwritten when anything recorded there runs
 
     @property
     def num_native_runs(self) -> int:
@@ -38,13 +40,13 @@ class Program:
         return len(self._parts) - self.num_native_runs
 
     def run(self, spans: StepSpans) -> Tensor:
-        """The result; it lies in the recording's scratch, and is overwritten when anything recorded there runs."""
+        """Fills the `result` and returns it."""
         for part in self._parts:
             if isinstance(part, tuple):
                 self._native.run(*part, *spans.where)
             else:
                 part()
-        return self._result
+        return self.result
 
 
 _NativeCalls = tuple[int, int]
@@ -78,6 +80,11 @@ def not_recorded(why: str) -> None:
 def records() -> bool:
     """Whether this thread records: then what calls are given must lie in tensors that the recording knows of."""
     return available() and module().records()
+
+
+def ask_for(addresses: array[int]) -> None:  # 64-bit
+    """Ask the memory for the line at each address, all at once: whoever reads them then waits for none."""
+    module().ask_for(*addresses.buffer_info())
 
 
 class _ValuesRead(TorchFunctionMode):

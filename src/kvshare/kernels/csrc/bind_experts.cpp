@@ -22,7 +22,7 @@ void bind_experts(nb::module_& m) {
     m.def("gate", [](uintptr_t gate, uintptr_t up, uintptr_t out, bool bf16, int64_t rows, int64_t gate_stride, int64_t up_stride, int64_t width,
                      const ActivationArguments& activation) {
         const GateTask task = {at<const void>(gate), at<const void>(up), at<void>(out), gate_stride, up_stride, width, activation_of(activation)};
-        perform(Gil::kept, [=](const Isa& isa) { run_gate(isa, task, bf16, rows); });
+        perform(Gil::kept, [=](const Isa& isa) { run_gate(isa, task, bf16, rows); }, Work::small, {{run_of(task.up, rows == 1 ? task.width : 0, bf16)}, {}});
     });
     m.def("softplus_gate", [](uintptr_t x, uintptr_t gate, uintptr_t out, bool bf16, int64_t rows, int64_t heads, int64_t width, bool per_head) {
         const SoftplusTask task = {at<const void>(x), at<const void>(gate), at<void>(out), heads, width, per_head};

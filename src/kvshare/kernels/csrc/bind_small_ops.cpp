@@ -15,13 +15,17 @@ void bind_small_ops(nb::module_& m) {
              uintptr_t cos, uintptr_t sin, bool precise, int64_t pairs, bool interleaved) {
               const HeadsTask task = {at<const void>(x), at<void>(out), row_stride, head_stride, heads, width, nullptr, 0, at<const void>(cos), at<const void>(sin),
                                       precise, pairs, interleaved};
-              perform(Gil::kept, [=, norm = norm_of(norm)](const Isa& isa) { run_heads(isa, task, norm, bf16, rows); });
+              const Norm own = norm_of(norm);
+              const Reads reads = {{run_of(own, width), run_of(task.cos, rows * pairs, bf16 && !precise), run_of(task.sin, rows * pairs, bf16 && !precise)}, {}};
+              perform(Gil::kept, [=](const Isa& isa) { run_heads(isa, task, own, bf16, rows); }, Work::small, reads);
           });
     m.def("sum",
           [](uintptr_t x, uintptr_t y, uintptr_t total, uintptr_t normed, bool bf16, int64_t rows, int64_t width, const NormArguments& of_y, const NormArguments& of_sum,
              uintptr_t scale, float factor) {
               const SumTask task = {at<const void>(x), at<const void>(y), at<void>(total), at<void>(normed), width, nullptr, nullptr, 0, 0, factor};
-              perform(Gil::kept, [=, of_y = norm_of(of_y), of_sum = norm_of(of_sum)](const Isa& isa) { run_sum(isa, task, of_y, of_sum, at<const void>(scale), bf16, rows); });
+              const Norm y_norm = norm_of(of_y), norm = norm_of(of_sum);
+              const Reads reads = {{run_of(y_norm, width), run_of(norm, width), run_of(at<const void>(scale), 1, bf16)}, {}};
+              perform(Gil::kept, [=](const Isa& isa) { run_sum(isa, task, y_norm, norm, at<const void>(scale), bf16, rows); }, Work::small, reads);
           });
     m.def("affine", [](uintptr_t x, bool bf16, int64_t rows, int64_t width, uintptr_t bias, float factor) {
         const AffineTask task = {at<void>(x), at<const void>(bias), width, factor};

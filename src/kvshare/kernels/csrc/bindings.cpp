@@ -65,7 +65,7 @@ NB_MODULE(_kernels, m) {
              [](nb::pointer_and_handle<QuantizedWeight> self, uintptr_t x, bool x_bf16, uintptr_t out, bool out_bf16, int64_t rows, int64_t begin, int64_t end) {
                  perform(Gil::released, [weight = self.p, kept = nb::borrow(self.h), x, x_bf16, out, out_bf16, rows, begin, end](const Isa& isa) {
                      weight->multiply(isa, at<const void>(x), x_bf16, at<void>(out), out_bf16, rows, begin, end);
-                 }, Work::product, [weight = self.p, begin, end](int thread, int threads) { return weight->first_read(begin, end, thread, threads); });
+                 }, Work::product, {{}, [weight = self.p, begin, end](int thread, int threads) { return weight->first_read(begin, end, thread, threads); }});
              })
         .def("decode", [](nb::pointer_and_handle<QuantizedWeight> self, int64_t begin, int64_t end, uintptr_t to, bool bf16) {
             perform(Gil::released, [weight = self.p, kept = nb::borrow(self.h), begin, end, to, bf16](const Isa& isa) {

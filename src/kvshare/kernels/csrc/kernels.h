@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "first_read.h"
 #include "row_form.h"
+#include "run.h"
 #include "tile.h"
 #include "small_ops_tasks.h"
 

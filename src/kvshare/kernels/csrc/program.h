@@ -24,7 +24,11 @@ class Program {
 
     explicit Program(StepSpans recorded_from) : recorded_from_(recorded_from) {}
 
-    void append(Call call, FirstRead first_read = {}) { calls_.push_back({std::move(call), std::move(first_read)}); }
+    void append(Call call, const Reads& reads = {}) {
+        if (reads.shared) shared_ = calls_.size();
+        else if (shared_ < calls_.size()) calls_[shared_].behind.insert(calls_[shared_].behind.end(), reads.alone.begin(), reads.alone.end());
+        calls_.push_back({std::move(call), reads.shared, {}});
+    }
     void append(const StepSpans& spans, Call call) {
         if (spans.spans == recorded_from_.spans) append(std::move(call));
         else refuse("rows of another step");
@@ -41,8 +45,9 @@ class Program {
             for (int64_t i = begin, next = begin; i < end; i++) {
                 if (next == i)
                     for (next++; next < end && !calls_[size_t(next)].first_read;) next++;
-                if (team) team->expect(next < end ? &calls_[size_t(next)].first_read : nullptr);
-                calls_[size_t(i)].run(isa, spans);
+                const Recorded& call = calls_[size_t(i)];
+                if (team) team->expect({next < end ? &calls_[size_t(next)].first_read : nullptr, &call.behind});
+                call.run(isa, spans);
             }
         };
         if (end - begin < LEAST_CALLS) lead();
@@ -55,8 +60,10 @@ class Program {
     StepSpans recorded_from_;
     struct Recorded {
         Call run;
-        FirstRead first_read;  // or none that is known
+        FirstRead first_read;     // of work that is shared, where it is known
+        std::vector<Run> behind;  // what operations between this and the next one of that kind read
     };
+    size_t shared_ = SIZE_MAX;  // the last call with a `first_read`
     std::vector<Recorded> calls_;
     std::string refusal_;
 };
@@ -66,9 +73,9 @@ inline thread_local Program* recording = nullptr;  // what the kernels that this
 enum class Gil { kept, released };  // while a call runs; released where it takes long
 
 // Runs call(isa), and records it where this thread records. Called with the GIL held; an object that must stay alive may be captured as nb::object.
-// `work` is what a stopwatch counts its time as, `first_read` what threads may ask for before.
+// `work` is what a stopwatch counts its time as, `reads` what threads may ask for before.
 template <typename Call>
-void perform(Gil gil, Call call, Work work = Work::small, FirstRead first_read = {}) {
+void perform(Gil gil, Call call, Work work = Work::small, const Reads& reads = {}) {
     auto timed = [call = std::move(call), work](const Isa& isa) {
         const Timed timer(work);
         call(isa);
@@ -78,7 +85,7 @@ void perform(Gil gil, Call call, Work work = Work::small, FirstRead first_read =
         if (gil == Gil::released) released.emplace();
         timed(active_isa());
     }
-    if (recording) recording->append([timed = std::move(timed)](const Isa& isa, const StepSpans&) { timed(isa); }, std::move(first_read));
+    if (recording) recording->append([timed = std::move(timed)](const Isa& isa, const StepSpans&) { timed(isa); }, reads);
 }
 
 // The same for call(isa, spans): what it does with the step's tokens and rows.

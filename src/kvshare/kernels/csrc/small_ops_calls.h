@@ -14,6 +14,12 @@ struct Norm {
     float eps;     // negative: no norm
 };
 
+inline Run run_of(const void* numbers, int64_t count, bool bf16) {
+    const uint8_t* at = static_cast<const uint8_t*>(numbers);
+    return {at, at + (at ? count * (bf16 ? 2 : 4) : 0)};
+}
+inline Run run_of(const Norm& norm, int64_t width) { return run_of(norm.weight, width, norm.bf16); }
+
 // The weight of a norm as floats, in `kept`; nullptr where nothing is normed.
 const float* factors(const Norm& norm, int64_t width, std::vector<float>& kept);
 

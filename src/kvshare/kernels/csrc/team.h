@@ -9,7 +9,6 @@
 #include <exception>
 #include <memory>
 #include <thread>
-#include <utility>
 
 #include "first_read.h"
 
@@ -59,8 +58,8 @@ class Team {
 
     int size() const { return size_; }
 
-    // What the work behind the next piece reads first: members who are done with theirs ask for it. It must stay until another is named.
-    void expect(const FirstRead* next) { next_ = next; }
+    // What comes behind the next piece of work: members who are done with theirs ask the memory for it.
+    void expect(const Coming& coming) { coming_ = coming; }
 
     // work(share) in the first `count` members, the leader among them. It must not throw: the others would wait for it forever.
     template <typename Run>
@@ -71,13 +70,10 @@ class Team {
         generation_++;
         for (int i = 1; i < count; i++) seats_[i].posted.store(generation_, std::memory_order_release);
         call_(work_, {0, count, this});
-        Asking lines;
-        bool asks = next_;
+        Asking lines = coming_.ask(0, size_);
         for (int i = 1; i < count; i++)
-            for (Wait wait; seats_[i].done.load(std::memory_order_acquire) != generation_;) {
-                if (std::exchange(asks, false)) lines = Asking((*next_)(0, size_));
+            for (Wait wait; seats_[i].done.load(std::memory_order_acquire) != generation_;)
                 if (!lines.some()) wait.once();
-            }
     }
 
     void wait_for_all(int count) {
@@ -98,10 +94,10 @@ class Team {
             for (Wait wait; (posted = seat.posted.load(std::memory_order_acquire)) == seen;)
                 if (!lines.some()) wait.once();
             if (posted == CLOSED) return;
-            const FirstRead* next = next_;  // before the leader, who waits for this one, names another
+            const Coming coming = coming_;  // before the leader, who waits for this one, names another
             call_(work_, {index, count_, this});
             seat.done.store(posted, std::memory_order_release);
-            lines = next ? Asking((*next)(index, size_)) : Asking();
+            lines = coming.ask(index, size_);
         }
     }
     void close() {
@@ -115,7 +111,7 @@ class Team {
     };
 
     std::unique_ptr<Seat[]> seats_;
-    const FirstRead* next_ = nullptr;
+    Coming coming_;
     const void* work_ = nullptr;
     void (*call_)(const void*, const Share&) noexcept = nullptr;
     int count_ = 1, size_ = 1;
