@@ -15,6 +15,13 @@ inline __m512 hyperbolic_tangent(__m512 x) {  // of any x: (1 - e) / (1 + e), e 
     return _mm512_or_ps(size, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
 }
 
+inline __m512 power_of_two(__m512 x) {  // relative error below 4e-6, a hundredth of what rounding a weight to bfloat16 costs; 1 at 0
+    const __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 p = _mm512_set1_ps(0.01342668f);
+    for (const float c : {0.05224247f, 0.2412802f, 0.69304484f, 1.0f}) p = _mm512_fmadd_ps(p, part, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, x);
+}
+
 constexpr int HEADS_WEIGHED = 32;  // between scores and sums
 
 // From raw scores to weights, in place, zeros behind `count`, with the running maxima, sums and outputs of `heads` <= 16 heads from `head` on brought
@@ -47,12 +54,13 @@ inline void weigh(float* scores, int heads, int count, const AttendState& state,
             float* out = state.out + int64_t(head + h) * state.value_width;
             for (int i = 0; i < state.value_width; i++) out[i] *= shrink;
         }
+    const __m512 log2_e = _mm512_set1_ps(1.44269504f);
     for (int h = 0; h < heads; h++) {
         const __m512 maximum = _mm512_set1_ps(maxima[h]);
         of_heads[h] = _mm512_setzero_ps();
         for (int i = 0; i < 2; i++) {
             float* at = scores + h * ATTEND_ROWS + 16 * i;
-            const __m512 w = _mm512_maskz_mov_ps(__mmask16(real >> (16 * i)), exponential(_mm512_sub_ps(_mm512_load_ps(at), maximum)));
+            const __m512 w = _mm512_maskz_mov_ps(__mmask16(real >> (16 * i)), power_of_two(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(at), maximum), log2_e)));
             _mm512_store_ps(at, w);
             of_heads[h] = _mm512_add_ps(of_heads[h], w);
         }
@@ -87,7 +95,7 @@ inline void attend_avx512(const AttendRows& rows, const AttendState& state) {
         int end = first_head;
         each_slice([&](int heads, int head, int kv_head, float* to) {
             const uint8_t* q = state.q + head * state.query_bytes;
-            if (bf16_keys) score_bf16(heads, q, state.query_bytes, key_width, rows.k, kv_head * k_bytes, ahead, to);
+            if (bf16_keys) score_bf16(heads, q, key_width, rows.k, kv_head * k_bytes, ahead, to);
             else score_codes(state.keys, heads)(q, key_width, rows.k, kv_head * k_bytes, ahead, to);
             end = head + heads;
         });

@@ -82,7 +82,7 @@ void PagedAttention::attend_rows(const Isa& isa, const Part& part, const Part* f
     Block blocks[2];
     find(part, part.begin, blocks);
     const AttendedRows& kind = kinds_[size_t(part.query->kind)];
-    const bool near = kv_heads_ == 1 && ATTEND_ROWS * (kind.k.row_bytes + kind.v.row_bytes) >= NEAR_BYTES;
+    const bool bf16 = kind.k.kind == RowKind::BF16 && kind.v.kind == RowKind::BF16, near = kv_heads_ == 1 && !bf16 && ATTEND_ROWS * (kind.k.row_bytes + kind.v.row_bytes) >= NEAR_BYTES;
     AttendRows rows;
     int now = 0;
     for (int64_t from = part.begin; from < part.end; from += ATTEND_ROWS, now ^= 1) {

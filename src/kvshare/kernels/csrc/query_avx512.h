@@ -85,6 +85,12 @@ inline void spell_eighths(int width, int heads, int head, const float* q, uint8_
     for (int i = 0; i < (width + 15) / 16 * 16; i++) words[(i / 4 * heads + head) * 4 + (i & 1) * 2 + (i >> 1 & 1)] = i < width ? float_to_bf16(q[i]) : 0;
 }
 
+// bfloat16 [pieces, heads, 32].
+inline void spell_pieces(int width, int heads, int head, const float* q, uint8_t* to) {
+    auto* words = reinterpret_cast<uint16_t*>(to);
+    for (int i = 0; i < (width + 31) / 32 * 32; i++) words[(i / 32 * heads + head) * 32 + i % 32] = i < width ? float_to_bf16(q[i]) : 0;
+}
+
 inline void spell_avx512(RowKind kind, int width, int group, int head, const float* q, uint8_t* to) {
     if (kind == RowKind::FP32 || is_block(kind)) return spell_plain(kind, width, group, head, q, to);
     const int slice = head / HEADS_TOGETHER * HEADS_TOGETHER, heads = group - slice < HEADS_TOGETHER ? group - slice : HEADS_TOGETHER;
@@ -92,9 +98,7 @@ inline void spell_avx512(RowKind kind, int width, int group, int head, const flo
     head -= slice;
     switch (kind) {
         case RowKind::FP32: return;
-        case RowKind::BF16:
-            for (int i = 0; i < width; i++) reinterpret_cast<uint16_t*>(to + head * query_bytes(width))[i] = float_to_bf16(q[i]);
-            return;
+        case RowKind::BF16: return spell_pieces(width, heads, head, q, to);
         case RowKind::INT8: return spell_codes<RowKind::INT8>(width, heads, head, q, to);
         case RowKind::INT9: return spell_codes<RowKind::INT9>(width, heads, head, q, to);
         case RowKind::INT4: return spell_codes<RowKind::INT4>(width, heads, head, q, to);
