@@ -26,7 +26,7 @@ class Ahead {
 
   private:
     static constexpr int64_t ONE = 1 << 16;
-    static constexpr int64_t AGAIN = 1 << 10;  // so many bytes behind, a run is asked for again
+    static constexpr int64_t AGAIN = 2 << 10;  // so many bytes behind, a run is asked for again
 
     static const uint8_t* line_of(const uint8_t* at) { return at - (reinterpret_cast<uintptr_t>(at) & 63); }
 

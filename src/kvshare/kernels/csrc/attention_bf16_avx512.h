@@ -25,14 +25,11 @@ struct Piece {
     }
 };
 
-// work(i, piece) for each piece of a head of `width` numbers, `Unrolled` of them a turn.
-template <int Unrolled, typename Work>
+// work(i, piece) for each piece of a head of `width` numbers.
+template <typename Work>
 [[gnu::always_inline]] inline void each_piece(int width, Work&& work) {
-    constexpr Piece<true> whole = {0xffffffffu};
     int i = 0;
-    if constexpr (Unrolled > 1)
-        for (; i + 32 * Unrolled <= width; i += 32 * Unrolled) each<Unrolled>([&](auto p) __attribute__((always_inline)) { work(i + 32 * p, whole); });
-    for (; i + 32 <= width; i += 32) work(i, whole);
+    for (; i + 32 <= width; i += 32) work(i, Piece<true>{0xffffffffu});
     if (i < width) work(i, Piece<false>{first_words(width - i)});
 }
 
@@ -47,7 +44,7 @@ inline void score(const uint8_t* q, int64_t step, int width, const uint8_t* cons
         for (auto& p : products) p = _mm512_setzero_ps();
         const uint8_t *rows[Rows], *heads = q;
         for (int j = 0; j < Rows; j++) rows[j] = k[t + j] + offset;
-        each_piece<4>(width, [&](int i, auto piece) __attribute__((always_inline)) {
+        each_piece(width, [&](int i, auto piece) __attribute__((always_inline)) {
             __m512bh row[Rows];
             each<Rows>([&](auto j) __attribute__((always_inline)) {
                 row[j] = (__m512bh)piece.load(rows[j] + 2 * i);
@@ -92,10 +89,9 @@ inline void sum_up(const uint32_t* p, int width, const uint8_t* const* v, int64_
     Ahead ahead = asked;
     static constexpr PairOrder order;
     const __m512i low = _mm512_load_si512(order.low), high = _mm512_load_si512(order.high);
-    each_piece<1>(width, [&](int i, auto piece) __attribute__((always_inline)) {
+    each_piece(width, [&](int i, auto piece) __attribute__((always_inline)) {
         __m512 sums[2 * Heads];
         each<2 * Heads>([&](auto s) __attribute__((always_inline)) { sums[s] = piece.half(out + s / 2 * width + i, s % 2); });
-#pragma GCC unroll 4
         for (int t = 0; t < count; t += 2) {
             const __m512i a = piece.load(v[t] + offset + 2 * i), b = piece.load(v[t + 1] + offset + 2 * i);
             ahead.ask<true>(2 * Heads);
