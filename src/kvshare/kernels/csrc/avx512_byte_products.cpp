@@ -1,6 +1,7 @@
 // Products of weights in blocks with activations of one byte.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>

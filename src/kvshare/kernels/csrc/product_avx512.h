@@ -2,31 +2,60 @@
 // of it in each instruction; of two bytes first the upper ones, then, with the sum shifted by 8, the lower ones. The sums of a group are exact.
 #pragma once
 
-inline void round_avx512(const void* x, bool bf16, int64_t begin, int64_t end, const Activations& to) {
-    for (int64_t start = begin; start < end; start += 32) {
-        __m512 v[2];
-        for (int h = 0; h < 2; h++) {
-            const int64_t at = start + 16 * h;
-            if (bf16) v[h] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(x) + at))), 16));
-            else v[h] = _mm512_loadu_ps(static_cast<const float*>(x) + at);
-        }
-        const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(v[0]), _mm512_abs_ps(v[1])));
-        const float inverse = largest > SMALLEST ? to.largest() / largest : 0.0f, scale = largest / to.largest();
-        const Activations group = to.from(0, start / 32);
-        int8_t* lower = group.q + 32 * (to.bytes - 1);
-        int32_t sums[2];
-        for (int h = 0; h < 2; h++) {
-            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[h], _mm512_set1_ps(inverse)));
-            const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-            if (to.bytes == 2) _mm_storeu_si128(reinterpret_cast<__m128i*>(group.q + 16 * h), _mm512_cvtepi32_epi8(upper));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(lower + 16 * h), _mm512_cvtepi32_epi8(q));
-            sums[h] = _mm512_reduce_add_epi32(q);
-            group.sum16[h] = sums[h];
-        }
-        *group.scale = scale;
-        *group.sum32 = sums[0] + sums[1];
-        *group.sum = scale * float(sums[0] + sums[1]);
+// Sixteen numbers from `at` on.
+[[gnu::always_inline]] inline __m512 sixteen(const void* x, bool bf16, int64_t at) {
+    if (!bf16) return _mm512_loadu_ps(static_cast<const float*>(x) + at);
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(x) + at));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// Up to sixteen groups from `start` on: what is computed once a group is computed for all of them at once.
+template <bool Bf16, int Width>
+void round_groups(const void* x, int64_t start, int count, const Activations& to) {
+    __m512 peaks[LANES];
+    for (int g = 0; g < LANES; g++) {
+        const int64_t at = start + 32 * (g < count ? g : 0);
+        peaks[g] = _mm512_max_ps(_mm512_abs_ps(sixteen(x, Bf16, at)), _mm512_abs_ps(sixteen(x, Bf16, at + 16)));
     }
+    const __m512 largest = largest_of(peaks), most = _mm512_set1_ps(to.largest()), scale = _mm512_div_ps(largest, most);
+    alignas(64) float inverse[LANES], scales[LANES], sums[LANES];
+    alignas(64) int32_t sums32[LANES], sums16[2][LANES];
+    _mm512_store_ps(inverse, _mm512_maskz_div_ps(_mm512_cmp_ps_mask(largest, _mm512_set1_ps(SMALLEST), _CMP_GT_OQ), most, largest));
+    __m512 rounded[2][LANES];
+    for (int g = 0; g < LANES; g++) {
+        const int64_t at = start + 32 * (g < count ? g : 0);
+        int8_t* upper = to.from(0, at / 32).q;
+        int8_t* lower = upper + 32 * (Width - 1);
+        for (int h = 0; h < 2; h++) {
+            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(sixteen(x, Bf16, at + 16 * h), _mm512_set1_ps(inverse[g < count ? g : 0])));
+            if (Width == 2) _mm_storeu_si128(reinterpret_cast<__m128i*>(upper + 16 * h), _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8)));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(lower + 16 * h), _mm512_cvtepi32_epi8(q));
+            rounded[h][g] = _mm512_castsi512_ps(q);
+        }
+    }
+    __m512i halves[2];
+    for (int h = 0; h < 2; h++) {
+        halves[h] = _mm512_castps_si512(folded(rounded[h], [](__m512 a, __m512 b) __attribute__((always_inline)) {
+            return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+        }));
+        _mm512_store_si512(sums16[h], halves[h]);
+    }
+    const __m512i sum = _mm512_add_epi32(halves[0], halves[1]);
+    _mm512_store_si512(sums32, sum);
+    _mm512_store_ps(scales, scale);
+    _mm512_store_ps(sums, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum)));
+    for (int g = 0; g < count; g++) {
+        const Activations group = to.from(0, start / 32 + g);
+        *group.scale = scales[g];
+        *group.sum = sums[g];
+        *group.sum32 = sums32[g];
+        for (int h = 0; h < 2; h++) group.sum16[h] = sums16[h][g];
+    }
+}
+
+inline void round_avx512(const void* x, bool bf16, int64_t begin, int64_t end, const Activations& to) {
+    const auto round = to.bytes == 2 ? bf16 ? round_groups<true, 2> : round_groups<false, 2> : bf16 ? round_groups<true, 1> : round_groups<false, 1>;
+    for (int64_t start = begin; start < end; start += 32 * LANES) round(x, start, int(std::min<int64_t>(LANES, (end - start) / 32)), to);
 }
 
 // Asks for what is multiplied next, in the order in which it lies in memory and evenly over the work that goes on meanwhile.
