@@ -15,7 +15,7 @@ template <bool Whole, RowKind Kind>
 }
 
 // Sums of `Heads` heads with so many passes each, for 32 rows, are two registers a head and pass: how many slices of heads do they take?
-constexpr int score_slices(RowKind kind, int heads) { return bits_of(kind) == 8 && kind != RowKind::FP8 && heads > 4 ? 2 : 1; }
+constexpr int score_slices(RowKind kind, int heads) { return kind == RowKind::INT9 && heads > 4 ? 2 : 1; }
 
 // scores[h * ATTEND_ROWS + t] = q[h] . k[t] for Heads heads from head `first` on, of `all`
 template <RowKind Kind, int Heads, int All>
@@ -26,7 +26,7 @@ void score_slice(const uint8_t* q, int first, int width, const uint8_t* const* k
     const Form codes = Form::without_signs();
     const Spelled query(q, width, All);
     Ahead ahead = asked;
-    alignas(64) float scales[ATTEND_ROWS];
+    __m512 scales[2];
     row_scales(k, offset + code_bytes(Kind, width), scales);
     __m512i sums[passes][Heads][2];
     each<Heads>([&](auto h) INLINE {
@@ -37,7 +37,7 @@ void score_slice(const uint8_t* q, int first, int width, const uint8_t* const* k
     Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
         __m512i tiles[2][4];
         row_tiles<whole>(codes, k, offset + int64_t(chunk) * Form::step, mask, tiles);
-        ahead.ask(8);
+        ahead.evenly<8>();
         const int8_t* at = query.codes + (int64_t(chunk) * Form::numbers * planes * All + first * 4);
         const auto add = [&](auto& to, const int8_t* four, __m512i one, __m512i two) INLINE {
             const __m512i by = broadcast(four);
@@ -66,12 +66,11 @@ void score_slice(const uint8_t* q, int first, int width, const uint8_t* const* k
         });
     });
     each<2>([&](auto i) INLINE {
-        const __m512 scale = _mm512_load_ps(scales + 16 * i);
         each<Heads>([&](auto h) INLINE {
             __m512 sum = _mm512_cvtepi32_ps(sums[0][h][i]);
             if constexpr (passes == 2) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[1][h][i]));
             const float unit = query.scale[first + h];
-            _mm512_store_ps(scores + (first + h) * ATTEND_ROWS + 16 * i, _mm512_mul_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(unit))));
+            _mm512_store_ps(scores + (first + h) * ATTEND_ROWS + 16 * i, _mm512_mul_ps(sum, _mm512_mul_ps(scales[i], _mm512_set1_ps(unit))));
         });
     });
     asked = ahead;
@@ -85,6 +84,40 @@ void score_rows(const uint8_t* q, int width, const uint8_t* const* k, int64_t of
     } else {
         score_slice<Kind, Heads, Heads>(q, 0, width, k, offset, ahead, scores);
     }
+}
+
+// The same for INT8: sixteen numbers of the query have a scale of their own.
+template <int Heads>
+void score_bytes(const uint8_t* q, int width, const uint8_t* const* k, int64_t offset, Ahead& asked, float* scores) {
+    using Form = Codes<RowKind::INT8>;
+    const Form codes = Form::without_signs();
+    const SpelledQuery<RowKind::INT8> query(q, width, Heads);
+    Ahead ahead = asked;
+    __m512 sums[Heads][2];
+    each<Heads>([&](auto h) INLINE { sums[h][0] = sums[h][1] = _mm512_set1_ps(query.sum[h]); });
+    Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
+        __m512i tiles[2][4];
+        row_tiles<whole>(codes, k, offset + 16 * chunk, mask, tiles);
+        each<4>([&](auto j) INLINE { each<2>([&](auto i) INLINE { tiles[i][j] = codes.bytes<0>(tiles[i][j]); }); });
+        ahead.evenly<8>();
+        const int8_t* at = query.codes + int64_t(16) * Heads * chunk;
+        const float* scale = query.scale + Heads * chunk;
+        each<Heads>([&](auto h) INLINE {
+            __m512i products[2] = {};
+            each<4>([&](auto j) INLINE {
+                const __m512i by = broadcast(at + (j * Heads + h) * 4);
+                each<2>([&](auto i) INLINE { add_products(products[i], tiles[i][j], by); });
+            });
+            const __m512 unit = _mm512_set1_ps(scale[h]);
+            each<2>([&](auto i) INLINE { sums[h][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[i]), unit, sums[h][i]); });
+        });
+    });
+    __m512 scales[2];
+    row_scales(k, offset + width, scales);
+    each<2>([&](auto i) INLINE {
+        each<Heads>([&](auto h) INLINE { _mm512_store_ps(scores + h * ATTEND_ROWS + 16 * i, _mm512_mul_ps(sums[h][i], scales[i])); });
+    });
+    asked = ahead;
 }
 
 // The same for INT4: sums of a group meet its scale, and its minimum the sum of the query.
@@ -105,7 +138,7 @@ void score_groups(const uint8_t* q, int width, const uint8_t* const* k, int64_t 
         const float* minima = scalars + (groups + g) * ATTEND_ROWS;
         const __m512 one = _mm512_load_ps(minima), two = _mm512_load_ps(minima + 16);
         each<Heads>([&](auto h) INLINE {
-            const __m512 sum = _mm512_set1_ps(query.sum[h * groups + g]);
+            const __m512 sum = _mm512_set1_ps(query.sum[g * Heads + h]);
             of_minima[h][0] = _mm512_fmadd_ps(one, sum, of_minima[h][0]);
             of_minima[h][1] = _mm512_fmadd_ps(two, sum, of_minima[h][1]);
         });
@@ -114,7 +147,7 @@ void score_groups(const uint8_t* q, int width, const uint8_t* const* k, int64_t 
     Form::pieces(width, [&](int g, auto whole, __mmask16 mask) INLINE {
         __m512i tiles[2][4], sums[Heads][2];
         row_tiles<whole>(codes, k, offset + 16 * g, mask, tiles);
-        ahead.ask(8);
+        ahead.evenly<8>();
         each<Heads>([&](auto h) INLINE { sums[h][0] = sums[h][1] = _mm512_setzero_si512(); });
         const int8_t* at = query.codes + int64_t(32) * Heads * g;
         each<4>([&](auto j) INLINE {
@@ -131,7 +164,7 @@ void score_groups(const uint8_t* q, int width, const uint8_t* const* k, int64_t 
             const __m512 scale = _mm512_load_ps(scalars + g * ATTEND_ROWS + 16 * i);
             each<Heads>([&](auto h) INLINE {
                 float* to = scores + h * ATTEND_ROWS + 16 * i;
-                const __m512 unit = _mm512_mul_ps(scale, _mm512_set1_ps(query.scale[h * groups + g]));
+                const __m512 unit = _mm512_mul_ps(scale, _mm512_set1_ps(query.scale[g * Heads + h]));
                 _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[h][i]), unit, _mm512_load_ps(to)));
             });
         });
@@ -147,28 +180,28 @@ void score_eighths(const uint8_t* q, int width, const uint8_t* const* k, int64_t
     Ahead ahead = asked;
     static const EighthFloats tables;
     const EighthFloats floats = tables;
-    alignas(64) float scales[ATTEND_ROWS];
-    row_scales(k, offset + width, scales);
-    for (int t = 0; t < ATTEND_ROWS; t += 16) {
-        __m512 sums[2][Heads];
-        each<Heads>([&](auto h) INLINE { sums[0][h] = sums[1][h] = _mm512_setzero_ps(); });
-        Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
-            __m512i tile[4];
-            row_tile<whole>(codes, k + t, offset + 16 * chunk, mask, tile);
-            ahead.ask(4);
-            each<4>([&](auto j) INLINE {
-                __m512bh even, odd;
-                floats.pairs(tile[j], &even, &odd);
-                const uint8_t* at = q + (4 * chunk + j) * 8 * Heads;
-                each<Heads>([&](auto h) INLINE {
-                    add_pairs(sums[0][h], even, at + 8 * h);
-                    add_pairs(sums[1][h], odd, at + 8 * h + 4);
-                });
+    __m512 sums[Heads][2];
+    each<Heads>([&](auto h) INLINE { sums[h][0] = sums[h][1] = _mm512_setzero_ps(); });
+    Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
+        __m512i tiles[2][4];
+        row_tiles<whole>(codes, k, offset + 16 * chunk, mask, tiles);
+        ahead.evenly<8>();
+        each<4>([&](auto j) INLINE {
+            __m512bh even[2], odd[2];
+            each<2>([&](auto i) INLINE { floats.pairs(tiles[i][j], even + i, odd + i); });
+            const uint8_t* at = q + (4 * chunk + j) * 8 * Heads;
+            each<Heads>([&](auto h) INLINE {
+                const __m512bh first = (__m512bh)broadcast(at + 8 * h), second = (__m512bh)broadcast(at + 8 * h + 4);
+                each<2>([&](auto i) INLINE { add_pairs(sums[h][i], even[i], first); });
+                each<2>([&](auto i) INLINE { add_pairs(sums[h][i], odd[i], second); });
             });
         });
-        const __m512 scale = _mm512_load_ps(scales + t);
-        each<Heads>([&](auto h) INLINE { _mm512_store_ps(scores + h * ATTEND_ROWS + t, _mm512_mul_ps(_mm512_add_ps(sums[0][h], sums[1][h]), scale)); });
-    }
+    });
+    __m512 scales[2];
+    row_scales(k, offset + width, scales);
+    each<2>([&](auto i) INLINE {
+        each<Heads>([&](auto h) INLINE { _mm512_store_ps(scores + h * ATTEND_ROWS + 16 * i, _mm512_mul_ps(sums[h][i], scales[i])); });
+    });
     asked = ahead;
 }
 
@@ -179,6 +212,9 @@ template <RowKind Kind, int... Before>
 inline ScoreRows score_of(int heads, std::integer_sequence<int, Before...>) {
     if constexpr (Kind == RowKind::INT4) {
         static constexpr ScoreRows all[] = {score_groups<Before + 1>...};
+        return all[heads - 1];
+    } else if constexpr (Kind == RowKind::INT8) {
+        static constexpr ScoreRows all[] = {score_bytes<Before + 1>...};
         return all[heads - 1];
     } else if constexpr (Kind == RowKind::FP8) {
         static constexpr ScoreRows all[] = {score_eighths<Before + 1>...};

@@ -23,15 +23,15 @@ inline void side_by_side(__m512* x) {
 
 // out += unit * sums + base for the columns of a piece. Whole pieces keep their fields apart until `settle_codes` puts them side by side.
 template <int Fields, bool Whole>
-[[gnu::always_inline]] inline void add_columns(const __m512i* sums, __m512 unit, __m512 base, int left, float* out) {  // `left`: columns up to the head's end
+[[gnu::always_inline]] inline void add_columns(const __m512i* sums, __m512 unit, auto base, int left, float* out) {  // `left`: columns up to the head's end
     if constexpr (Whole) {
         each<Fields>([&](auto f) INLINE {
             float* at = out + 16 * f;
-            _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[f]), unit, _mm512_add_ps(base, _mm512_loadu_ps(at))));
+            _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[f]), unit, base(_mm512_loadu_ps(at))));
         });
     } else {
         __m512 numbers[Fields];
-        each<Fields>([&](auto f) INLINE { numbers[f] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[f]), unit, base); });
+        each<Fields>([&](auto f) INLINE { numbers[f] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[f]), unit, base(_mm512_setzero_ps())); });
         side_by_side<Fields>(numbers);
         each<Fields>([&](auto f) INLINE {
             const int here = left - 16 * f;
@@ -113,13 +113,12 @@ void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset
         const Form codes = Form::with_signs();
         Ahead ahead = asked;
         const ColumnOrder order = column_order();
-        alignas(64) float scales[ATTEND_ROWS];
+        __m512 scales[2];
         row_scales(v, offset + code_bytes(Kind, width), scales);
         Weights<passes> weights[Heads];
-        const __m512 scale[2] = {_mm512_load_ps(scales), _mm512_load_ps(scales + 16)};
         __m512 scaled[8][2], larger[16] = {};
         each<Heads>([&](auto h) INLINE {
-            each<2>([&](auto i) INLINE { scaled[h][i] = _mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16 * i), scale[i]); });
+            each<2>([&](auto i) INLINE { scaled[h][i] = _mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16 * i), scales[i]); });
             larger[h] = _mm512_max_ps(scaled[h][0], scaled[h][1]);
         });
         constexpr float larger_than_codes = Kind == RowKind::INT9 ? 2.0f : 1.0f / Form::levels_unit;
@@ -140,7 +139,7 @@ void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset
                         each<Heads>([&](auto h) INLINE { add_products(sums[piece][0][h][0], broadcast(weights[h].half + t), ninths); });
                     }
                 });
-                ahead.ask(Pieces);
+                ahead.evenly<Pieces>();
                 each<Heads>([&](auto h) INLINE {
                     each<passes>([&](auto pass) INLINE {
                         const __m512i w = broadcast(weights[h].bytes[pass] + t);
@@ -154,7 +153,7 @@ void sum_rows(const float* p, int width, const uint8_t* const* v, int64_t offset
                     if constexpr (passes == 2)
                         sums[piece][0][h][0] = _mm512_add_epi32(_mm512_slli_epi32(sums[piece][0][h][0], 8), sums[piece][1][h][0]);
                     const int column = (chunk + piece) * Form::numbers;
-                    add_columns<fields, Whole>(sums[piece][0][h], unit, _mm512_setzero_ps(), width - column, out + int64_t(h) * width + column);
+                    add_columns<fields, Whole>(sums[piece][0][h], unit, [](__m512 sum) INLINE { return sum; }, width - column, out + int64_t(h) * width + column);
                 });
             });
         };
@@ -259,7 +258,7 @@ void sum_groups(const float* p, int width, const uint8_t* const* v, int64_t offs
             __m512i tiles[Pieces], four[Pieces][2];
             column_tiles<Whole, Pieces>(codes, order, v + t, offset + 16 * group, mask, tiles);
             each<Pieces>([&](auto piece) INLINE { each<2>([&](auto f) INLINE { four[piece][f] = codes.bytes<f>(tiles[piece]); }); });
-            ahead.ask(Pieces);
+            ahead.evenly<Pieces>();
             each<Heads>([&](auto h) INLINE {
                 each<Pieces>([&](auto piece) INLINE {
                     const __m512i w = broadcast(weights[group + piece][h] + t);
@@ -270,7 +269,9 @@ void sum_groups(const float* p, int width, const uint8_t* const* v, int64_t offs
         each<Pieces>([&](auto piece) INLINE {
             const int g = group + piece;
             each<Heads>([&](auto h) INLINE {
-                add_columns<2, Whole>(sums[piece][h], _mm512_set1_ps(units[h][g]), _mm512_set1_ps(rest[h][g]), width - 32 * g, out + int64_t(h) * width + 32 * g);
+                const __m512 base = _mm512_set1_ps(rest[h][g]);
+                const auto with_base = [&](__m512 sum) INLINE { return _mm512_add_ps(sum, base); };
+                add_columns<2, Whole>(sums[piece][h], _mm512_set1_ps(units[h][g]), with_base, width - 32 * g, out + int64_t(h) * width + 32 * g);
             });
         });
     };
@@ -287,32 +288,38 @@ void sum_eighths(const float* p, int width, const uint8_t* const* v, int64_t off
     static const EighthFloats tables;
     const EighthFloats floats = tables;
     const ColumnOrder order = column_order();
-    alignas(64) float scales[ATTEND_ROWS];
+    __m512 scales[2];
     row_scales(v, offset + width, scales);
     alignas(64) uint16_t weights[Heads][ATTEND_ROWS];  // of four rows first 0 and 2, then 1 and 3
     for (int h = 0; h < Heads; h++) {
         __m512 w[2];
-        for (int i = 0; i < 2; i++) w[i] = _mm512_permute_ps(_mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16 * i), _mm512_load_ps(scales + 16 * i)), 0xd8);
+        for (int i = 0; i < 2; i++) w[i] = _mm512_permute_ps(_mm512_mul_ps(_mm512_load_ps(p + h * ATTEND_ROWS + 16 * i), scales[i]), 0xd8);
         _mm512_store_si512(weights[h], (__m512i)_mm512_cvtne2ps_pbh(w[1], w[0]));
     }
-    Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
-        __m512 sums[2][Heads];
-        each<Heads>([&](auto h) INLINE { sums[0][h] = sums[1][h] = _mm512_setzero_ps(); });
+    const auto add = [&]<int Pieces, bool Whole>(int chunk, __mmask16 mask) INLINE {
+        __m512 sums[Pieces][Heads];
+        each<Pieces>([&](auto piece) INLINE { each<Heads>([&](auto h) INLINE { sums[piece][h] = _mm512_setzero_ps(); }); });
         for (int t = 0; t < count; t += 4) {
-            __m512bh even, odd;
-            floats.pairs(column_tile<whole>(codes, order, v + t, offset + 16 * chunk, mask), &even, &odd);
-            ahead.ask(1);
+            __m512i tiles[Pieces];
+            __m512bh even[Pieces], odd[Pieces];
+            column_tiles<Whole, Pieces>(codes, order, v + t, offset + 16 * chunk, mask, tiles);
+            each<Pieces>([&](auto piece) INLINE { floats.pairs(tiles[piece], even + piece, odd + piece); });
+            ahead.evenly<Pieces>();
             each<Heads>([&](auto h) INLINE {
-                add_pairs(sums[0][h], even, weights[h] + t);
-                add_pairs(sums[1][h], odd, weights[h] + t + 2);
+                const __m512bh first = (__m512bh)broadcast(weights[h] + t), second = (__m512bh)broadcast(weights[h] + t + 2);
+                each<Pieces>([&](auto piece) INLINE { add_pairs(sums[piece][h], even[piece], first); });
+                each<Pieces>([&](auto piece) INLINE { add_pairs(sums[piece][h], odd[piece], second); });
             });
         }
         each<Heads>([&](auto h) INLINE {
-            float* at = out + int64_t(h) * width + 16 * chunk;
-            const __mmask16 columns = first_words(width - 16 * chunk);
-            _mm512_mask_storeu_ps(at, columns, _mm512_add_ps(_mm512_maskz_loadu_ps(columns, at), _mm512_add_ps(sums[0][h], sums[1][h])));
+            each<Pieces>([&](auto piece) INLINE {
+                float* at = out + int64_t(h) * width + 16 * (chunk + piece);
+                const __mmask16 columns = first_words(width - 16 * (chunk + piece));
+                _mm512_mask_storeu_ps(at, columns, _mm512_add_ps(_mm512_maskz_loadu_ps(columns, at), sums[piece][h]));
+            });
         });
-    });
+    };
+    Form::pieces<(Heads <= 4 ? 4 : 2)>(width, add);
     asked = ahead;
 }
 

@@ -179,17 +179,20 @@ struct EighthFloats {
     }
 };
 
-// The float16 scales behind the codes of 32 heads.
-inline void row_scales(const uint8_t* const* rows, int64_t offset, float* to) {
-    for (int t = 0; t < ATTEND_ROWS; t += 8) {  // loaded into a register word by word: stored ones could not be read back at once as a whole
-        __m128i halves = _mm_setzero_si128();
-        each<8>([&](auto i) INLINE {
-            uint16_t half;
-            memcpy(&half, rows[t + i] + offset, 2);
-            halves = _mm_insert_epi16(halves, half, i);
+// The float16 scales behind the codes of 32 heads. They never lie in memory: what is stored in parts cannot be loaded as a whole at once.
+inline void row_scales(const uint8_t* const* rows, int64_t offset, __m512* scales) {
+    each<2>([&](auto i) INLINE {
+        __m128i halves[2];
+        each<2>([&](auto part) INLINE {
+            halves[part] = _mm_setzero_si128();
+            each<8>([&](auto t) INLINE {
+                uint16_t half;
+                memcpy(&half, rows[16 * i + 8 * part + t] + offset, 2);
+                halves[part] = _mm_insert_epi16(halves[part], half, t);
+            });
         });
-        _mm256_storeu_ps(to + t, _mm256_cvtph_ps(halves));
-    }
+        scales[i] = _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(halves[0]), halves[1], 1));
+    });
 }
 
 // to[i * ATTEND_ROWS + t]: float16 number i < count of row t.

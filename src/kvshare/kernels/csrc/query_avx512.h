@@ -4,24 +4,27 @@
 constexpr int HEADS_TOGETHER = 8;
 
 // Up to HEADS_TOGETHER heads stand together, so that what meets four bytes of a row lies side by side: for each four numbers of `row_tile`'s order, piece
-// by piece and field by field, for each plane, the integers of all heads. Keys of 8 bits meet 16 bits of the query, as high and low bytes in two
-// planes; INT9's ninth bits meet half of the high ones, in a third; keys of fewer bits, which have lost far more, meet 8. Keys are bytes 128 too large
-// where codes are signed; the query's sum takes that back.
+// by piece and field by field, for each plane, the integers of all heads. They have 8 bits of the largest number of their group: of the 32 that share
+// a scale in INT4, of 16 for INT8, whose keys have lost the least, else of the head. INT9 meets 16 bits, as high and low bytes in two planes, and its
+// ninth bits half of the high ones, in a third. Keys are bytes 128 too large where codes are signed; the query's sum takes that back.
 template <RowKind Kind>
 struct SpelledQuery {
-    static constexpr int passes = bits_of(Kind) == 8 ? 2 : 1, planes = passes + (Kind == RowKind::INT9);
+    static constexpr int passes = Kind == RowKind::INT9 ? 2 : 1, planes = passes + (Kind == RowKind::INT9);
+    static constexpr bool grouped = Kind == RowKind::INT4 || Kind == RowKind::INT8;
+    static_assert(!grouped || Codes<Kind>::numbers == (Kind == RowKind::INT4 ? INT4_GROUP : 16));  // a group is a piece
     static int64_t padded(int width) { return (width + Codes<Kind>::numbers - 1) / Codes<Kind>::numbers * Codes<Kind>::numbers; }
+    static int groups(int width) { return grouped ? int(padded(width)) / Codes<Kind>::numbers : 1; }
 
     const int8_t* codes;   // [padded / 4, planes, heads, 4]
-    const float* scale;    // [heads], INT4: [heads, groups]
-    const float* sum;      // [heads, groups], INT4 only: of the exact numbers
-    const int32_t* minus;  // [heads, passes] -128 times the sum of high, and of low
+    const float* scale;    // [groups, heads]
+    const float* sum;      // INT4: [groups, heads] of the exact numbers; INT8: [heads] -128 times the sum of scales times codes
+    const int32_t* minus;  // [heads, passes] -128 times the sum of high, and of low; not for groups
 
     SpelledQuery(const uint8_t* at, int width, int heads) {
         codes = reinterpret_cast<const int8_t*>(at);
         scale = reinterpret_cast<const float*>(codes + padded(width) * planes * heads);
-        minus = reinterpret_cast<const int32_t*>(scale + heads);
-        sum = scale + groups_of(width) * heads;
+        sum = scale + groups(width) * heads;
+        minus = reinterpret_cast<const int32_t*>(sum);
     }
 };
 
@@ -31,14 +34,15 @@ void spell_codes(int width, int heads, int head, const float* q, uint8_t* to) {
     using Spelled = SpelledQuery<Kind>;
     const Spelled query(to, width, heads);
     constexpr float largest = Spelled::passes == 2 ? 127 * 256 + 127 : 127;
-    const int group = Kind == RowKind::INT4 ? INT4_GROUP : width, padded = int(Spelled::padded(width));
+    const int group = Spelled::grouped ? Form::numbers : width, padded = int(Spelled::padded(width));
     auto* codes = const_cast<int8_t*>(query.codes);
     auto *scale = const_cast<float*>(query.scale), *sum = const_cast<float*>(query.sum);
     auto* minus = const_cast<int32_t*>(query.minus);
     alignas(64) int16_t integers[WIDEST_HEAD + 64];  // [padded], in the head's own order
     for (int i = width / 16 * 16; i < padded; i++) integers[i] = 0;
-    for (int first = 0, g = 0; first < width; first += group, g++) {
-        const int end = first + group < width ? first + group : width, index = Kind == RowKind::INT4 ? head * groups_of(width) + g : head;
+    float too_large = 0;
+    for (int first = 0, index = head; first < width; first += group, index += heads) {
+        const int end = first + group < width ? first + group : width;
         const auto sixteen = [&](int i) { return _mm512_maskz_loadu_ps(end - i >= 16 ? 0xffff : __mmask16((1 << (end - i)) - 1), q + i); };
         __m512 sizes = _mm512_setzero_ps(), totals = _mm512_setzero_ps();
         for (int i = first; i < end; i += 16) {
@@ -51,8 +55,10 @@ void spell_codes(int width, int heads, int head, const float* q, uint8_t* to) {
         for (int i = first; i < end; i += 16) {
             const __m512i sixteen_codes = _mm512_cvtps_epi32(_mm512_mul_ps(sixteen(i), _mm512_set1_ps(inverse)));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(integers + i), _mm512_cvtepi32_epi16(sixteen_codes));
+            if (Kind == RowKind::INT8) too_large += unit * float(_mm512_reduce_add_epi32(sixteen_codes));
         }
     }
+    if (Kind == RowKind::INT8) sum[head] = -128 * too_large;
     int32_t high_sum = 0, low_sum = 0;
     for (int word = 0; word < padded / 4; word++) {  // of four numbers that a dot product adds up: of one field, side by side
         const int at = 4 * word % Form::numbers;
@@ -73,7 +79,7 @@ void spell_codes(int width, int heads, int head, const float* q, uint8_t* to) {
         }
         for (int plane = 0; plane < Spelled::planes; plane++) memcpy(codes + ((word * Spelled::planes + plane) * heads + head) * 4, four[plane], 4);
     }
-    if constexpr (Kind != RowKind::INT4) {
+    if constexpr (!Spelled::grouped) {
         minus[head * Spelled::passes] = -128 * high_sum;
         if constexpr (Spelled::passes == 2) minus[head * 2 + 1] = -128 * low_sum;
     }

@@ -53,3 +53,4 @@ struct [[gnu::may_alias, gnu::packed]] Four {
 [[gnu::always_inline]] inline void add_pairs(__m512& sum, __m512bh pairs, const void* by) {
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(pairs), "m"(*static_cast<const Four*>(by)));
 }
+[[gnu::always_inline]] inline void add_pairs(__m512& sum, __m512bh pairs, __m512bh by) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pairs), "v"(by)); }
