@@ -259,9 +259,11 @@ void sum_groups(const float* p, int width, const uint8_t* const* v, int64_t offs
             column_tiles<Whole, Pieces>(codes, order, v + t, offset + 16 * group, mask, tiles);
             each<Pieces>([&](auto piece) INLINE { each<2>([&](auto f) INLINE { four[piece][f] = codes.bytes<f>(tiles[piece]); }); });
             ahead.evenly<Pieces>();
+            const uint8_t* at = weights[group][0] + t;
+            asm("" : "+r"(at));  // gcc 12 would keep an address for each head, of which it has too few registers
             each<Heads>([&](auto h) INLINE {
                 each<Pieces>([&](auto piece) INLINE {
-                    const __m512i w = broadcast(weights[group + piece][h] + t);
+                    const __m512i w = broadcast(at + (piece * even_heads + h) * ATTEND_ROWS);
                     each<2>([&](auto f) INLINE { add_products(sums[piece][h][f], w, four[piece][f]); });
                 });
             });
