@@ -28,8 +28,8 @@ class PagedAttention:
     """Attention to the rows of one owner: keys in one stream, values in another or the same; of one kind, or of several in one softmax.
 
     Rows hold `kv_heads` vectors one behind the other, spelled as `rows` say, and are decoded in registers: codes meet the
-    query and the weights as integers. Rounded on the way, per head: the query, to 16 bits of its largest number for keys of 8 bits, to
-    8 bits for keys of fewer (in INT4 of its group's largest); the weights of 32 rows, times their scales, to 8 bits of the largest of
+    query and the weights as integers. Rounded on the way, per head: the query, to 8 bits of its largest number, in INT8 of the largest of
+    each 16 numbers, in INT4 of each 32 (INT9: to 16 bits); the weights of 32 rows, times their scales, to 8 bits of the largest of
     them (INT9: 16), up or down so that many small ones keep their sum: each is off by less than 1/255 of the largest; what minima of
     INT4 values meet, and they, to bfloat16; and what the rotated codecs call levels, to multiples of 1/127 of the largest level. With
     FP8 queries and weights become bfloat16. Instruction sets below AVX512 round nothing. Rotated rows stay rotated: the query is
