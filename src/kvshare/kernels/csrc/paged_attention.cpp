@@ -13,7 +13,7 @@ static constexpr int64_t MOST_PARTS = 64;  // of one sequence
 static constexpr int64_t TWO_PARTS = 128, FOUR_PARTS = 512;  // rows from which on they are cut so
 static constexpr int WIDEST = 2048;  // numbers of a head
 static constexpr int64_t SINGLE_THREAD_BYTES = 64 << 10;
-static constexpr int64_t NEAR_BYTES = 16 << 10;
+static constexpr int64_t NEAR_BYTES = 24 << 10;
 
 // In how many parts so many rows are cut: enough for threads to share, few enough that what a part costs by itself (sums of its own, and merging them)
 // stays small beside its rows. Four of 512 rows, 64 of 128K.
