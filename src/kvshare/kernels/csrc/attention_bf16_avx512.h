@@ -25,12 +25,13 @@ struct Piece {
     }
 };
 
-// work(i, piece) for each piece of a head of `width` numbers.
-template <typename Work>
+// work(i, piece) for each piece of a head of `width` numbers. A single head waits for memory whatever it does, and was read 4 % faster with masks.
+template <int Heads, typename Work>
 [[gnu::always_inline]] inline void each_piece(int width, Work&& work) {
     int i = 0;
-    for (; i + 32 <= width; i += 32) work(i, Piece<true>{0xffffffffu});
-    if (i < width) work(i, Piece<false>{first_words(width - i)});
+    if constexpr (Heads > 1)
+        for (; i + 32 <= width; i += 32) work(i, Piece<true>{0xffffffffu});
+    for (; i < width; i += 32) work(i, Piece<false>{first_words(width - i)});
 }
 
 // scores[h * ATTEND_ROWS + t] = q[h] . k[t] for Heads heads and the HALF rows from k on, 16 / Heads of them at a time (4 where Heads is 3). In q, the
@@ -44,7 +45,7 @@ inline void score(const uint8_t* q, int64_t step, int width, const uint8_t* cons
         for (auto& p : products) p = _mm512_setzero_ps();
         const uint8_t *rows[Rows], *heads = q;
         for (int j = 0; j < Rows; j++) rows[j] = k[t + j] + offset;
-        each_piece(width, [&](int i, auto piece) __attribute__((always_inline)) {
+        each_piece<Heads>(width, [&](int i, auto piece) __attribute__((always_inline)) {
             __m512bh row[Rows];
             each<Rows>([&](auto j) __attribute__((always_inline)) {
                 row[j] = (__m512bh)piece.load(rows[j] + 2 * i);
@@ -89,7 +90,7 @@ inline void sum_up(const uint32_t* p, int width, const uint8_t* const* v, int64_
     Ahead ahead = asked;
     static constexpr PairOrder order;
     const __m512i low = _mm512_load_si512(order.low), high = _mm512_load_si512(order.high);
-    each_piece(width, [&](int i, auto piece) __attribute__((always_inline)) {
+    each_piece<Heads>(width, [&](int i, auto piece) __attribute__((always_inline)) {
         __m512 sums[2 * Heads];
         each<2 * Heads>([&](auto s) __attribute__((always_inline)) { sums[s] = piece.half(out + s / 2 * width + i, s % 2); });
         for (int t = 0; t < count; t += 2) {
