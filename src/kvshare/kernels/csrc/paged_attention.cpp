@@ -76,13 +76,14 @@ void PagedAttention::read_first_rows(const Part& part) const {
 }
 
 // While rows are worked on, those that come next are asked for, behind the last ones the `following` part's if there is one, far enough ahead for them
-// to arrive and near enough for the first cache to keep them: with one KV head that is much, these rows' values and the next ones' keys; otherwise the
-// next keys and values.
+// to arrive and near enough for the first cache to keep them: with one KV head of codes that is much, these rows' values and the next ones' keys;
+// otherwise the next keys and values.
 void PagedAttention::attend_rows(const Isa& isa, const Part& part, const Part* following, const AttendState& state) const {
     Block blocks[2];
     find(part, part.begin, blocks);
     const AttendedRows& kind = kinds_[size_t(part.query->kind)];
-    const bool bf16 = kind.k.kind == RowKind::BF16 && kind.v.kind == RowKind::BF16, near = kv_heads_ == 1 && !bf16 && ATTEND_ROWS * (kind.k.row_bytes + kind.v.row_bytes) >= NEAR_BYTES;
+    const bool codes = kind.k.kind != RowKind::BF16 || kind.v.kind != RowKind::BF16;
+    const bool near = codes && kv_heads_ == 1 && ATTEND_ROWS * (kind.k.row_bytes + kind.v.row_bytes) >= NEAR_BYTES;
     AttendRows rows;
     int now = 0;
     for (int64_t from = part.begin; from < part.end; from += ATTEND_ROWS, now ^= 1) {
