@@ -15,14 +15,17 @@ constexpr int64_t LINE = 32;               // numbers in a cache line, and in a 
 constexpr int64_t SHORT_ROW = 4096;        // numbers: one row of activations meets so short rows of weights one by one, longer ones by fours
 constexpr int64_t IN_ORDER_AHEAD = 4096;   // numbers that are asked for before their turn where rows go one by one
 constexpr int64_t LINES_AHEAD = 144;       // the same in lines where there are more rows of activations
+constexpr int64_t LONG_CHUNK = 64;         // lines of a row in a block: shorter ones are asked for again one row behind,
+constexpr int64_t LINES_AGAIN = 16;        // longer ones so many lines behind
 
 constexpr int rows_together(int rows) { return rows == 1 ? 4 : rows > 4 ? 2 : 1; }  // of weights, for so many of activations
 
-// Asks for lines of weights in the order in which blocks of columns go through strips of rows, from one piece of a matrix into the next.
+// Asks for lines of weights in the order in which blocks of columns go through strips of rows, from one piece of a matrix into the next. A core drops
+// what is asked for while it waits for as many lines as it can, so each is asked for again a little later.
 class ChunksAhead {
   public:
     ChunksAhead(const uint16_t* weights, int64_t count, int64_t k, int64_t strip, int64_t step, const uint16_t* next)
-        : weights_(weights), next_(next), count_(count), k_(k), strip_(strip), step_(step) {
+        : again(step <= LONG_CHUNK * LINE ? k : LINES_AGAIN * LINE), weights_(weights), next_(next), count_(count), k_(k), strip_(strip), step_(step) {
         go();
         for (int64_t left = LINES_AHEAD * LINE; left > 0; turn()) {
             const int64_t numbers = end - at;
@@ -44,6 +47,7 @@ class ChunksAhead {
         go();
     }
 
+    const int64_t again;       // numbers behind `at` that are asked for again
     const uint16_t *at, *end;  // of the chunk that is asked for
 
   private:
@@ -108,10 +112,12 @@ template <int Rows, int Together, int Asks>
         x += stride * LINE;
     };
     const uint16_t *at = nullptr, *end = nullptr;
-    if constexpr (Asks) at = ahead->at, end = ahead->end;
+    int64_t again = 0;
+    if constexpr (Asks) at = ahead->at, end = ahead->end, again = ahead->again;
     for (int64_t i = 0; i < block.whole; i += LINE) {
         each<Asks>([&](auto) __attribute__((always_inline)) {
             _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(at - again), _MM_HINT_T0);
             if ((at += LINE) >= end) [[unlikely]] {
                 ahead->turn();
                 at = ahead->at, end = ahead->end;
