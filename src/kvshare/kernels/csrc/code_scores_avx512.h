@@ -36,8 +36,8 @@ void score_slice(const uint8_t* q, int first, int width, const uint8_t* const* k
     });
     Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
         __m512i tiles[2][4];
+        ahead.evenly_eight();  // before there are tiles: gcc 12 would keep them in memory meanwhile
         row_tiles<whole>(codes, k, offset + int64_t(chunk) * Form::step, mask, tiles);
-        ahead.evenly_eight();
         const int8_t* at = query.codes + (int64_t(chunk) * Form::numbers * planes * All + first * 4);
         const auto add = [&](auto& to, const int8_t* four, __m512i one, __m512i two) INLINE {
             const __m512i by = broadcast(four);
@@ -97,9 +97,9 @@ void score_bytes(const uint8_t* q, int width, const uint8_t* const* k, int64_t o
     each<Heads>([&](auto h) INLINE { sums[h][0] = sums[h][1] = _mm512_set1_ps(query.sum[h]); });
     Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
         __m512i tiles[2][4];
+        ahead.evenly_eight();
         row_tiles<whole>(codes, k, offset + 16 * chunk, mask, tiles);
         each<4>([&](auto j) INLINE { each<2>([&](auto i) INLINE { tiles[i][j] = codes.bytes<0>(tiles[i][j]); }); });
-        ahead.evenly_eight();
         const int8_t* at = query.codes + int64_t(16) * Heads * chunk;
         const float* scale = query.scale + Heads * chunk;
         each<Heads>([&](auto h) INLINE {
@@ -146,8 +146,8 @@ void score_groups(const uint8_t* q, int width, const uint8_t* const* k, int64_t 
     each<Heads>([&](auto h) INLINE { each<2>([&](auto i) INLINE { _mm512_store_ps(scores + h * ATTEND_ROWS + 16 * i, of_minima[h][i]); }); });
     Form::pieces(width, [&](int g, auto whole, __mmask16 mask) INLINE {
         __m512i tiles[2][4], sums[Heads][2];
-        row_tiles<whole>(codes, k, offset + 16 * g, mask, tiles);
         ahead.evenly_eight();
+        row_tiles<whole>(codes, k, offset + 16 * g, mask, tiles);
         each<Heads>([&](auto h) INLINE { sums[h][0] = sums[h][1] = _mm512_setzero_si512(); });
         const int8_t* at = query.codes + int64_t(32) * Heads * g;
         each<4>([&](auto j) INLINE {
@@ -184,8 +184,8 @@ void score_eighths(const uint8_t* q, int width, const uint8_t* const* k, int64_t
     each<Heads>([&](auto h) INLINE { sums[h][0] = sums[h][1] = _mm512_setzero_ps(); });
     Form::pieces(width, [&](int chunk, auto whole, __mmask16 mask) INLINE {
         __m512i tiles[2][4];
-        row_tiles<whole>(codes, k, offset + 16 * chunk, mask, tiles);
         ahead.evenly_eight();
+        row_tiles<whole>(codes, k, offset + 16 * chunk, mask, tiles);
         each<4>([&](auto j) INLINE {
             __m512bh even[2], odd[2];
             each<2>([&](auto i) INLINE { floats.pairs(tiles[i][j], even + i, odd + i); });
