@@ -76,9 +76,9 @@ def test_kernels_and_torch_read_the_same_pages_alike(precision: str) -> None:
                 got = seen.attend(layer, q, scale=0.1, sinks=sinks, entries=entries)
                 wanted = Step.attend(seen, layer, q.float(), scale=0.1, sinks=sinks, entries=entries)
                 assert got.shape == wanted.shape
-                assert (got.float() - wanted).abs().max() < (
-                    2.0**-4 if precision.startswith("rot") else 2.0**-6
-                )  # rotated: rounded once more
+                # rotated rows are rounded once more, and single queries of int8 keys to eight bits
+                bound = 2.0**-4 if precision.startswith("rot") else 2.0**-5 if precision == "int8" else 2.0**-6
+                assert (got.float() - wanted).abs().max() < bound
         for each, count in zip(caches, counts, strict=True):
             each.commit(count)
 
