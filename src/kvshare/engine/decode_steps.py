@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from operator import is_not
@@ -20,7 +19,7 @@ from kvshare.cache.arena import Arena
 from kvshare.cache.paged_step import PagedCache, PagedStep
 from kvshare.cache.recorded_step import RecordedStep
 from kvshare.cache.tables import SequenceCache
-from kvshare.kernels.program import Program, ask_for, record
+from kvshare.kernels.program import Program, record
 from kvshare.kernels.scratch import Scratch
 from kvshare.kernels.step_spans import StepSpans, TokenSpan
 from kvshare.models.model import Model
@@ -144,28 +143,16 @@ class _Seen:
         self._tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers) if tensors]
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._addresses = self._find()
-        self._lines = array("Q", chain.from_iterable(map(_lines_of, self._tensors)))
         self._handles, self._hooked = -1, False
 
-    def _find(self) -> array[int]:
+    def _find(self) -> list[int]:
         tensors = chain.from_iterable(map(dict.values, self._tensors))  # asked in every step: no Python for each of them
-        return array("Q", map(Tensor.data_ptr, filter(partial(is_not, None), tensors)))
+        return list(map(Tensor.data_ptr, filter(partial(is_not, None), tensors)))
 
     def changed(self) -> bool:
-        ask_for(self._lines)  # the step before has driven them out of the caches, and one behind the other they would come slowly
         return self._find() != self._addresses
 
     def has_hooks(self) -> bool:
         if self._hooked or self._handles != RemovableHandle.next_id:  # every hook that is registered takes the next number
             self._handles, self._hooked = RemovableHandle.next_id, any(self._hooks)
         return self._hooked
-
-
-def _lines_of(tensors: Mapping[str, Tensor | None]) -> Iterator[int]:
-    """Addresses in the cache lines that tell where the tensors lie."""
-    yield id(tensors)
-    for tensor in tensors.values():
-        if tensor is not None:
-            yield id(tensor)
-            yield from range(tensor._cdata, tensor._cdata + 192, 64)
-            yield tensor.untyped_storage()._cdata

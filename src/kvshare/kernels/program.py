@@ -7,7 +7,6 @@ again with the same tensors: they cost what they cost, without the Python around
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -80,11 +79,6 @@ def not_recorded(why: str) -> None:
 def records() -> bool:
     """Whether this thread records: then what calls are given must lie in tensors that the recording knows of."""
     return available() and module().records()
-
-
-def ask_for(addresses: array[int]) -> None:  # 64-bit
-    """Ask the memory for the line at each address, all at once: whoever reads them then waits for none."""
-    module().ask_for(*addresses.buffer_info())
 
 
 class _ValuesRead(TorchFunctionMode):

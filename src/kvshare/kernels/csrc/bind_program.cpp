@@ -30,9 +30,6 @@ void bind_program(nb::module_& m) {
             return laps;
         });
 
-    m.def("ask_for", [](uintptr_t addresses, int64_t count) {
-        for (int64_t i = 0; i < count; i++) __builtin_prefetch(at<const void*>(addresses)[i]);
-    });
     m.def("records", [] { return recording != nullptr; });
     m.def("not_recorded", [](const char* what) { not_recorded(what); });
     // While a thread records, its calls run as ever. `spans` and `count` are a step's, as in every call that is told of one.
